@@ -1,0 +1,97 @@
+# make venv sets up .venv; the other targets need nothing before them.
+#
+# The parts of the set-up that can be overridden, as in `make venv PYTHON=python3.12`:
+#   PYTHON   the Python that .venv is made with (default: the first one found)
+#   PYTEST_ARGS   more arguments for pytest, as in `make test PYTEST_ARGS="-k spans"`
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help venv demo test cover lint format types docs bench-smoke wheel-test clean
+
+PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
+VENV := .venv
+BIN := $(VENV)/bin
+# Named after the folder: a tree that was copied or moved gets an environment of its own.
+STAMP := $(VENV)/.complete-$(shell pwd | cksum | cut -d ' ' -f 1)
+PACKED := build/wheel-test
+PACKED_BIN := $(PACKED)/venv/bin
+SITE := site() { "$$1" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
+
+# One thread for each of pytest's processes: more of them only wait for one another.
+TEST_ENV := HF_HUB_OFFLINE=1 MKL_NUM_THREADS=1 MPLBACKEND=agg OMP_NUM_THREADS=1 \
+	OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+PYTEST := -m pytest --numprocesses auto --maxprocesses 4 $(PYTEST_ARGS)
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
+
+venv: $(STAMP) ## .venv with the package and all that its tests and benchmarks need
+
+# Without a stamp the environment is new, moved, or half installed: it is made afresh.
+$(STAMP): setup.cfg constraints.txt captum_cage/_version.py
+	@if [ -f $@ ]; then rm $@; exit; fi; \
+	for python in $(PYTHONS); do \
+	  if "$$python" -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 10))' \
+	    >/dev/null 2>&1; then \
+	    echo "Making $(VENV) with $$("$$python" --version)"; \
+	    exec "$$python" -m venv --clear $(VENV); \
+	  fi; \
+	done; \
+	echo "No Python 3.10 or newer with venv among: $(PYTHONS)." >&2; \
+	echo "Install one, or name it: make venv PYTHON=/path/to/python" >&2; \
+	exit 1
+	$(BIN)/python -m pip install --constraint constraints.txt pip setuptools
+	$(BIN)/python -m pip install --constraint constraints.txt --no-build-isolation \
+	  --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP) ## a small model solves a problem, and its answer is explained
+	@$(BIN)/captum-cage demo
+
+test: $(STAMP) ## all tests
+	$(TEST_ENV) $(BIN)/python $(PYTEST)
+
+cover: $(STAMP) ## all tests, with the lines and branches that none of them ran
+	$(TEST_ENV) $(BIN)/python $(PYTEST) --cov --cov-report=term-missing
+
+lint: $(STAMP) ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+format: $(STAMP) ## ruff writes what lint asks for
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+types: $(STAMP) ## mypy, strict
+	$(BIN)/mypy
+
+docs: $(STAMP) ## the examples in docstrings, README and docs are run, links are followed
+	$(TEST_ENV) $(BIN)/python -m pytest --doctest-modules captum_cage tests/test_docs.py
+
+bench-smoke: $(STAMP) ## every benchmark in its smallest size
+	@set -e; for benchmark in benchmarks/[!_]*.py; do \
+	  echo "== $$benchmark --smoke"; $(BIN)/python $$benchmark --smoke; \
+	done
+
+# The wheel is made by way of the source archive and installed beside .venv, whose
+# packages it sees through a path file; path files in .venv itself, the editable install
+# among them, do not count there. The house is the tree's matter, not the wheel's.
+wheel-test: $(STAMP) ## all tests, outside the tree, on the wheel as it would be installed
+	rm -rf build captum_cage.egg-info
+	$(BIN)/python -m build --no-isolation --outdir $(PACKED)
+	$(BIN)/python -m venv --without-pip $(PACKED)/venv
+	$(BIN)/python -m pip --python $(PACKED)/venv install --no-deps $(PACKED)/*.whl
+	set -e; $(SITE); packages=$$(site $(BIN)/python); installed=$$(site $(PACKED_BIN)/python); \
+	echo "$$packages" > "$$installed/dependencies.pth"; \
+	diff -r -x __pycache__ captum_cage "$$installed/captum_cage"; \
+	cd $(PACKED); imported=$$(venv/bin/python -c 'import captum_cage; print(captum_cage.__file__)'); \
+	echo "The tests import $$imported"; \
+	[ "$$imported" = "$$installed/captum_cage/__init__.py" ]; \
+	venv/bin/captum-cage --help > help.txt; \
+	$(TEST_ENV) venv/bin/python $(PYTEST) -c ../../pyproject.toml --rootdir ../.. \
+	  ../../tests --ignore ../../tests/test_house.py
+
+clean: ## removes all that is made here, .venv included
+	rm -rf $(VENV) build dist captum_cage.egg-info .coverage .coverage.* \
+	  .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find captum_cage tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

@@ -1,0 +1,272 @@
+"""Train the demo model of ``captum_cage.demo`` from scratch.
+
+Writes the tokenizer and the model, and evaluates them on held-out problems::
+
+    python benchmarks/train_demo.py                  # the model that ships
+    python benchmarks/train_demo.py --smoke --out /tmp/demo   # seconds, for CI
+
+A run that was interrupted goes on from its last checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import random
+import re
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from captum_cage.demo.problems import Problem, sample_problems, vocabulary
+
+UNKNOWN, PAD, END = "<unk>", "<pad>", "<|end|>"
+SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
+SPECIAL = [UNKNOWN, PAD, END, SYSTEM, USER, ASSISTANT]
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('The roles are system, user and assistant, not ' "
+    "+ message['role']) }}"
+    "{% endif %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+MAX_LENGTH = 512
+POOL = 2048  # problems drawn at once and sorted by length into batches
+IGNORED = -100
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that has every word of the problems as one token.
+
+    Numbers up to 99 are one token each, so that a number is one thing to look up and
+    one thing to explain.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000,
+        min_frequency=1,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    words = vocabulary()
+    starts = [word for word in words if word[0].isupper()]
+    corpus = [*starts, *(" " + word for word in words), " +", " ="]
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token=UNKNOWN,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        clean_up_tokenization_spaces=False,
+        model_max_length=MAX_LENGTH,
+        padding_side="left",
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def build_model(
+    tokenizer: PreTrainedTokenizerFast, layers: int, width: int
+) -> LlamaForCausalLM:
+    """A freshly initialised Llama model."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        num_key_value_heads=width // 32,
+        max_position_embeddings=MAX_LENGTH,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config)
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerFast, problems: Sequence[Problem], chat: float
+) -> list[tuple[list[int], int]]:
+    """Token ids of each problem with its worked answer, and where the answer starts.
+
+    A share ``chat`` of the problems is rendered as the chat template does it.
+    """
+    backend = tokenizer.backend_tokenizer
+    prompts = backend.encode_batch_fast([problem.prompt for problem in problems])
+    answers = backend.encode_batch_fast([problem.completion for problem in problems])
+    user, assistant, end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
+    encoded = []
+    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids = list(prompt.ids)
+        if index % 100 < 100 * chat:
+            ids = [user, *ids, end, assistant]
+        encoded.append(([*ids, *answer.ids, end], len(ids)))
+    return encoded
+
+
+def blank(
+    ids: IntArray, ends: IntArray, rng: np.random.Generator, share: float
+) -> IntArray:
+    """The ids with a share of the rows partly replaced by the unknown token, id 0.
+
+    Half of these rows lose random tokens, half whole sentences. Explanations by
+    ablation put this token in the place of what they take away: a model that has seen
+    it becomes unsure there, as it should, and not odd.
+    """
+    rows, length = ids.shape
+    text = ids >= len(SPECIAL)
+    chance = np.zeros((rows, length))
+    fate = rng.random(rows)
+    by_token = fate < share / 2
+    by_sentence = (fate >= share / 2) & (fate < share)
+    chance[by_token] = rng.uniform(0.0, 0.3, (int(by_token.sum()), 1))
+    gone = rng.random((rows, length)) < chance
+
+    last = np.isin(ids, ends)
+    sentence = np.cumsum(last, axis=1) - last  # (rows, length)
+    for row in np.flatnonzero(by_sentence):
+        count = int(sentence[row][text[row]].max()) + 1
+        lost = rng.permutation(count)[: min(count, rng.geometric(0.6))]
+        gone[row] = np.isin(sentence[row], lost)
+    blanked: IntArray = np.where(gone & text, 0, ids)
+    return blanked
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, start: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Inputs and labels of every training step from ``start``, the same in each run."""
+    ends = np.array(tokenizer.convert_tokens_to_ids([".", "?"]))
+    per_pool = POOL // args.batch
+    for pool in range(start // per_pool, math.ceil(args.steps / per_pool)):
+        seed = args.seed * 1_000_003 + pool
+        problems = sample_problems(POOL, seed, "mixed", split="train")
+        encoded = encode(tokenizer, problems, chat=0.5)
+        rng = np.random.default_rng(seed)
+        order = sorted(range(POOL), key=lambda index: len(encoded[index][0]))
+        for number, group in enumerate(rng.permutation(per_pool)):
+            rows = [encoded[i] for i in order[group * args.batch :][: args.batch]]
+            length = 8 * math.ceil(max(len(ids) for ids, _ in rows) / 8)
+            ids = np.full((args.batch, length), tokenizer.pad_token_id)
+            labels = np.full((args.batch, length), IGNORED)
+            for row, (tokens, answer) in enumerate(rows):
+                ids[row, : len(tokens)] = tokens
+                labels[row, answer - 1 : len(tokens) - 1] = tokens[answer:]
+            inputs = blank(ids, ends, rng, args.blank)
+            if pool * per_pool + number >= start:
+                yield torch.from_numpy(inputs), torch.from_numpy(labels)
+
+
+def train(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace
+) -> None:
+    """Train the model in place, saving a checkpoint now and then."""
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    inside = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in inside]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(
+            matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        ),
+        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+    ]
+    checkpoint = Path(args.out) / "checkpoint.pt"
+    start = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        if state["steps"] != args.steps:
+            raise ValueError(
+                f"{checkpoint}: was made by a run of {state['steps']} steps, not "
+                f"{args.steps}. Pass the same --steps to go on, or delete it."
+            )
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        start = state["step"]
+
+    model.train()
+    backbone = torch.compile(model.model, dynamic=True) if args.compile else model.model
+    average = None
+    bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=5)
+    for step, (inputs, labels) in enumerate(batches(tokenizer, args, start), start):
+        if step >= args.steps:
+            break
+        warm = min(1.0, (step + 1) / (0.04 * args.steps))
+        rate = args.lr * warm * min(1.0, 2.0 * (1 - step / args.steps))
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state
+            asked = labels != IGNORED
+            logits = model.lm_head(hidden[asked])
+        loss = functional.cross_entropy(logits.float(), labels[asked])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        bar.update()
+        if step % 100 == 0:
+            bar.set_postfix(loss=f"{average:.4f}")
+        if (step + 1) % args.save_every == 0:
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "step": step + 1,
+                "steps": args.steps,
+            }
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+    bar.close()
+    model.eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--layers", type=int, default=5)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--blank", type=float, default=0.3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-every", type=int, default=200)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--out", default="/tmp/demo_run")
+    args = parser.parse_args()
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    tokenizer = build_tokenizer()
+    model = build_model(tokenizer, args.layers, args.width)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    began = time.time()
+    train(model, tokenizer, args)
+    print(f"{time.time() - began:.0f} s")
+    tokenizer.save_pretrained(args.out)
+    model.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Explain generated text through the text generated before it, on top of Captum."""
+
+from captum_cage.attribution import GraphContextAttribution
+from captum_cage.graph import AttributionGraph
+from captum_cage.inputs import ChatTokenInput, TokenIdsInput
+from captum_cage.result import GraphAttributionResult, TextPath
+from captum_cage.units import Unit
+
+__all__ = [
+    "AttributionGraph",
+    "ChatTokenInput",
+    "GraphAttributionResult",
+    "GraphContextAttribution",
+    "TextPath",
+    "TokenIdsInput",
+    "Unit",
+]

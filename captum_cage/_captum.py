@@ -1,0 +1,255 @@
+"""The only module that touches Captum's private parts and knows its versions."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import captum
+import torch
+from captum.attr import (
+    InterpretableInput,
+    KernelShap,
+    LayerGradientShap,
+    Lime,
+    LLMAttribution,
+    LLMAttributionResult,
+    LLMGradientAttribution,
+    RemoteLLMAttribution,
+    ShapleyValues,
+)
+from captum.attr._core.llm_attr import DEFAULT_GEN_ARGS
+from torch import Tensor
+
+from captum_cage._checks import complaint, shown
+
+__all__ = [
+    "DEFAULT_GEN_ARGS",
+    "Family",
+    "LLMAttributionObject",
+    "attribute_unit",
+    "base_method",
+    "check_attribution_object",
+    "check_kwargs",
+    "check_row_length",
+    "family",
+]
+
+Family: TypeAlias = Literal["perturbation", "gradient", "remote"]
+LLMAttributionObject: TypeAlias = LLMAttribution | LLMGradientAttribution
+
+CAPTUM_VERSION: str = captum.__version__
+
+# ShapleyValues asks the model n * n! times: 35,280 calls for 7 features, 322,560 for 8.
+_MOST_SHAPLEY_FEATURES = 7
+
+_WRAPPER_KWARGS = ("num_trials", "use_cached_outputs", "forward_in_tokens")
+_OURS = {
+    "inputs": "it is made from `inp`",
+    "inp": "pass it as the first argument",
+    "additional_forward_args": "Captum's LLM attribution fills it",
+    "feature_mask": "pass `units=` or an input with a feature mask instead",
+    "return_convergence_delta": "rows are attributions alone",
+    "return_input_shape": "rows have one entry per unit",
+}
+
+
+def check_attribution_object(llm_attr: object) -> LLMAttributionObject:
+    """The object itself, if it is one of Captum's LLM attribution objects.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if not isinstance(llm_attr, LLMAttribution | LLMGradientAttribution):
+        raise TypeError(
+            complaint(
+                "llm_attr",
+                "must be a LLMAttribution, LLMGradientAttribution or "
+                "RemoteLLMAttribution object of captum.attr",
+                f"{shown(llm_attr)} came",
+                "Wrap your method first, as in "
+                "LLMAttribution(FeatureAblation(model), tokenizer).",
+            )
+        )
+    return llm_attr
+
+
+def family(llm_attr: LLMAttributionObject) -> Family:
+    """How the object asks its model."""
+    if isinstance(llm_attr, RemoteLLMAttribution):
+        return "remote"
+    return "perturbation" if isinstance(llm_attr, LLMAttribution) else "gradient"
+
+
+def base_method(llm_attr: LLMAttributionObject) -> str:
+    """Name of the wrapped attribution method's class."""
+    return type(llm_attr.attr_method).__name__
+
+
+def check_kwargs(llm_attr: LLMAttributionObject, kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that Captum would swallow, reject late, or do wrong.
+
+    Raises:
+        TypeError: if the wrapped object's ``attribute`` does not take an argument.
+        ValueError: if it takes it, but cannot do what it says.
+    """
+    name = base_method(llm_attr)
+    allowed = set(_named_parameters(llm_attr.attr_method.attribute))
+    wrapper = set(_named_parameters(llm_attr.attribute))
+    allowed |= wrapper - {"target", "gen_args"}
+    for key, value in kwargs.items():
+        if key in _OURS:
+            raise TypeError(
+                f"{key}: is not an argument of GraphContextAttribution.attribute: "
+                f"{_OURS[key]}. Leave it out."
+            )
+        if key not in allowed:
+            names = ", ".join(sorted(allowed - set(_OURS) - {"target"}))
+            raise TypeError(
+                f"{key}: neither GraphContextAttribution nor {name} takes this "
+                f"argument. {name} takes: {names}."
+            )
+        if key == "perturbations_per_eval" and value != 1:
+            raise ValueError(
+                complaint(
+                    key,
+                    "must be 1, since LLMAttribution scores one perturbation at a time",
+                    f"{value!r} came",
+                    "Leave it out.",
+                )
+            )
+    if kwargs.get("use_cached_outputs"):
+        warnings.warn(
+            "use_cached_outputs: ignored. With the key-value cache, Captum's scores are "
+            "wrong from transformers 5.3 on; without it they are the same and right.",
+            stacklevel=3,
+        )
+    if isinstance(llm_attr.attr_method, LayerGradientShap):
+        warnings.warn(
+            "LayerGradientShap: with text, Captum turns every input between 0 and 1 into "
+            "the baseline token, so the gradient is taken at the baseline, n_samples has "
+            "no effect and stdevs > 0 gives zeros. LayerIntegratedGradients has no such "
+            "defect.",
+            stacklevel=3,
+        )
+
+
+def check_row_length(llm_attr: LLMAttributionObject, shortest: int, longest: int) -> None:
+    """Refuse rows that the base method cannot compute, before it tries.
+
+    Args:
+        llm_attr: the wrapped object.
+        shortest (int): number of units before the first generated unit.
+        longest (int): number of units before the last generated unit.
+
+    Raises:
+        ValueError: if a row is too long or too short for the method.
+    """
+    method = llm_attr.attr_method
+    if isinstance(method, ShapleyValues) and longest > _MOST_SHAPLEY_FEATURES:
+        raise ValueError(
+            complaint(
+                "ShapleyValues",
+                f"takes at most {_MOST_SHAPLEY_FEATURES} units, as it asks the model "
+                "n * n! times",
+                f"the last row has {longest} units before it",
+                "Use larger units, for example units='sentence', or "
+                "ShapleyValueSampling.",
+            )
+        )
+    if isinstance(method, Lime | KernelShap) and shortest < 2:
+        raise ValueError(
+            complaint(
+                base_method(llm_attr),
+                "fits a regression and needs at least two units before the first "
+                "generated one",
+                f"{shortest} came",
+                "Use smaller source units, or FeatureAblation.",
+            )
+        )
+
+
+def attribute_unit(
+    llm_attr: LLMAttributionObject,
+    inp: InterpretableInput,
+    target: Tensor,
+    kwargs: Mapping[str, Any],
+    *,
+    token_by_token: bool = False,
+) -> Tensor:
+    """Attribution of the log-probability of one stretch of ids to an input's features.
+
+    One call of the wrapped object's own ``attribute``, kept clear of Captum's defects:
+    no key-value cache, the whole stretch scored in one pass, labels not made.
+
+    Args:
+        llm_attr: the wrapped object.
+        inp (InterpretableInput): everything before the stretch.
+        target (Tensor): ids of the stretch, 1-D.
+        kwargs: arguments for the base method. ``baselines`` given for the features of
+            the prompt are extended to the generated ones, which are then absent.
+        token_by_token (bool, optional): score the stretch id by id, as models with
+            inputs besides ids need. Default: ``False``
+
+    Returns:
+        Tensor: shape ``(n_itp_features,)``, as the base method gives it.
+    """
+    call = copy.copy(llm_attr)
+    call.SUPPORTED_INPUTS = (InterpretableInput,)
+    call.tokenizer = _Unlabelled(llm_attr.tokenizer)
+    arguments = dict(kwargs)
+    if "baselines" in arguments:
+        arguments["baselines"] = _extended(arguments["baselines"], inp.n_itp_features)
+    elif isinstance(llm_attr.attr_method, LayerGradientShap):
+        arguments["baselines"] = _all_absent
+    known = _named_parameters(llm_attr.attribute)
+    arguments.pop("use_cached_outputs", None)
+    if "use_cached_outputs" in known:
+        arguments["use_cached_outputs"] = False
+    if "forward_in_tokens" in known:
+        arguments.setdefault("forward_in_tokens", token_by_token)
+    result: LLMAttributionResult = call.attribute(inp, target=target, **arguments)
+    return result.seq_attr
+
+
+def _named_parameters(function: Any) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [parameter.name for parameter in parameters if parameter.kind in named]
+
+
+def _all_absent(inputs: Tensor) -> Tensor:
+    return torch.zeros_like(inputs)
+
+
+def _extended(baselines: Any, features: int) -> Any:
+    """Baselines for all features of a row; generated ones are absent (0)."""
+    if not isinstance(baselines, Tensor) or baselines.dim() == 0:
+        return baselines
+    missing = features - baselines.shape[-1]
+    return torch.nn.functional.pad(baselines, (0, max(missing, 0)))
+
+
+class _Unlabelled:
+    """A tokenizer that makes one empty label per id.
+
+    Captum labels every target when it is done, and fails there when an id is a piece
+    of a character. Everything else is left to the tokenizer itself.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def decode(self, ids: Tensor, **kwargs: Any) -> str:
+        self._ids = [int(i) for i in ids]
+        return ""
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[Any]]:
+        return {"input_ids": self._ids, "offset_mapping": [(0, 0)] * len(self._ids)}

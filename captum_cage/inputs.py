@@ -1,0 +1,717 @@
+"""Interpretable inputs: token ids, chats, and a prompt followed by generated ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from captum.attr import InterpretableInput, TextTokenInput
+from torch import Tensor
+
+from captum_cage._checks import complaint, shown
+from captum_cage.text import Span, TokenText, decode, read_tokens, special_ids
+from captum_cage.units import FIXED
+
+__all__ = [
+    "ChatTokenInput",
+    "PrefixedInput",
+    "Prompt",
+    "TokenIdsInput",
+    "baseline_id",
+    "token_ids",
+]
+
+Features: TypeAlias = str | Collection[str] | Callable[[Mapping[str, Any]], bool]
+ModelInput: TypeAlias = str | Tensor | dict[str, Any]
+
+# Entries of a processor's output that have one number per token, and what a generated
+# token gets there.
+_PER_TOKEN = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
+
+
+def token_ids(where: str, ids: Any) -> list[int]:
+    """Token ids as a list, from a list, an array or a tensor of one dimension.
+
+    A batch of one sequence counts as that sequence.
+
+    Raises:
+        TypeError: if these are no whole numbers.
+        ValueError: if there is more than one sequence.
+    """
+    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    if len(values) == 1 and isinstance(values[0], list | tuple):
+        values = list(values[0])
+    if any(isinstance(value, list | tuple) for value in values):
+        raise ValueError(
+            complaint(
+                where,
+                "must be the ids of one sequence",
+                f"{len(values)} sequences came",
+                "Pass one sequence of ids.",
+            )
+        )
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise TypeError(
+                complaint(
+                    where,
+                    "must be token ids, which are whole numbers",
+                    f"{shown(value)} came",
+                    "Pass a sequence of ints, or a 1-D tensor of them.",
+                )
+            )
+    return [int(value) for value in values]
+
+
+class TokenIdsInput(TextTokenInput):
+    """A prompt given as token ids; nothing is tokenised.
+
+    Like Captum's ``TextTokenInput``, but the ids go in as they are, tokens can be
+    grouped into features or left out of them, and each token may have a baseline of
+    its own. Works wherever a ``TextTokenInput`` does.
+
+    Args:
+        ids (Sequence[int] or Tensor): token ids of the prompt, special tokens included.
+        tokenizer: the tokenizer of the ids; used for labels only.
+        feature_mask (Sequence[int] or Sequence[bool] or Tensor, optional): one entry
+            per token. Booleans say which tokens are features. Integers give each token
+            its feature, as in Captum: tokens of the same number are one feature, and
+            negative ones are present but not attributed. Default: each token is a
+            feature
+        baselines (int or str or Sequence[int], optional): the id or token that stands
+            for an absent token, or one id per token. Default: ``0``, as in Captum
+
+    Raises:
+        TypeError: if the ids are no whole numbers.
+        ValueError: if there are no ids, or an argument's length is not theirs.
+
+    Example:
+        >>> from captum_cage.demo import load_demo
+        >>> _, tokenizer = load_demo()
+        >>> ids = tokenizer("Ana has 3 pens.").input_ids
+        >>> inp = TokenIdsInput(ids, tokenizer, feature_mask=[0, 0, 1, 1, -1])
+        >>> inp.n_itp_features, inp.values
+        (2, ['Ana has', ' 3 pens'])
+    """
+
+    feature_of_token: npt.NDArray[np.int64]
+    baseline_ids: Tensor
+    token_text: TokenText
+
+    def __init__(
+        self,
+        ids: Sequence[int] | Tensor,
+        tokenizer: Any,
+        feature_mask: Sequence[int] | Sequence[bool] | Tensor | None = None,
+        baselines: int | str | Sequence[int] | Tensor = 0,
+    ) -> None:
+        listed = token_ids("ids", ids)
+        if not listed:
+            raise ValueError(
+                complaint(
+                    "ids", "the prompt must have a token", "no id came", "Pass some ids."
+                )
+            )
+        self._fill(listed, tokenizer, feature_mask, baselines)
+        self._label(read_tokens(listed, tokenizer))
+
+    @classmethod
+    def unlabelled(
+        cls,
+        ids: Sequence[int],
+        tokenizer: Any,
+        feature_mask: Sequence[bool] | npt.NDArray[np.bool_],
+        baselines: Sequence[int],
+    ) -> TokenIdsInput:
+        """The same without reading the tokens' text: ``values`` are empty strings."""
+        inp = cls.__new__(cls)
+        inp._fill(list(ids), tokenizer, feature_mask, baselines)
+        inp.values = [""] * inp.n_itp_features
+        return inp
+
+    def _fill(
+        self, ids: list[int], tokenizer: Any, feature_mask: Any, baselines: Any
+    ) -> None:
+        # TextTokenInput's own constructor would tokenise a text.
+        feature_of_token = _feature_of_token(feature_mask, len(ids))
+        is_feature = feature_of_token >= 0
+        baseline_ids = _baseline_ids(baselines, len(ids), tokenizer)
+        self.tokenizer = tokenizer
+        self.skip_tokens = None
+        self.feature_of_token = feature_of_token
+        self.baseline_ids = baseline_ids
+        self.inp_tensor = torch.tensor([ids])
+        mask = torch.from_numpy(is_feature)[None]
+        self.itp_mask = None if is_feature.all() else mask
+        self.itp_tensor = self.inp_tensor[:, mask[0]]
+        self.n_itp_features = int(feature_of_token.max(initial=-1)) + 1
+        self.baselines = int(baseline_ids[0])
+
+    def _label(self, text: TokenText) -> None:
+        self.token_text = text
+        self.values = _feature_labels(text, self.feature_of_token, self.n_itp_features)
+
+    @property
+    def segments(self) -> tuple[Span, ...]:
+        """Character ranges that no unit reaches across; empty where there are none."""
+        return ()
+
+    def to_tensor(self) -> Tensor:
+        """Indicator of the features, all present. Shape ``(1, n_itp_features)``."""
+        return torch.ones((1, self.n_itp_features), dtype=torch.long)
+
+    def to_model_input(self, perturbed_tensor: Tensor | None = None) -> Tensor:
+        """Ids with the tokens of absent features replaced by their baseline.
+
+        Args:
+            perturbed_tensor (Tensor, optional): indicator of the features, shape
+                ``(B, n_itp_features)``; what is not 1 is absent. Default: all present
+
+        Returns:
+            Tensor: ids, shape ``(B, tokens)``.
+        """
+        if perturbed_tensor is None:
+            return self.inp_tensor
+        device = perturbed_tensor.device
+        feature = torch.from_numpy(self.feature_of_token).to(device)
+        absent = (perturbed_tensor != 1)[:, feature.clamp(min=0)] & (feature >= 0)
+        return torch.where(
+            absent, self.baseline_ids.to(device), self.inp_tensor.to(device)
+        )
+
+
+def _feature_of_token(mask: Any, tokens: int) -> npt.NDArray[np.int64]:
+    """Feature of each token, numbered from 0 in ascending order; -1 for none."""
+    if mask is None:
+        return np.arange(tokens)
+    array = np.asarray(mask)
+    if array.ndim == 2 and len(array) == 1:
+        array = array[0]
+    if array.shape != (tokens,):
+        raise ValueError(
+            complaint(
+                "feature_mask",
+                f"must have one entry for each of the {tokens} tokens",
+                f"shape {array.shape} came",
+                "Pass booleans, or integers with -1 for tokens that stay as they are.",
+            )
+        )
+    if array.dtype == bool:
+        return np.where(array, np.cumsum(array) - 1, FIXED).astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            complaint(
+                "feature_mask",
+                "must be booleans or integers",
+                f"values of type {array.dtype} came",
+                "Convert them first.",
+            )
+        )
+    feature = np.full(tokens, FIXED, dtype=np.int64)
+    chosen = array >= 0
+    feature[chosen] = np.unique(array[chosen], return_inverse=True)[1]
+    return feature
+
+
+def _baseline_ids(baselines: Any, tokens: int, tokenizer: Any) -> Tensor:
+    if isinstance(baselines, str):
+        baselines = tokenizer.convert_tokens_to_ids(baselines)
+        if baselines is None:
+            raise ValueError(
+                "baselines: must be a token of the tokenizer, but it has no such token. "
+                "Pass the id instead."
+            )
+    if isinstance(baselines, int | np.integer):
+        return torch.full((tokens,), int(baselines))
+    ids = token_ids("baselines", baselines)
+    if len(ids) != tokens:
+        raise ValueError(
+            complaint(
+                "baselines",
+                f"must be one id, or one for each of the {tokens} tokens",
+                f"{len(ids)} came",
+                "Pass an int to use one baseline everywhere.",
+            )
+        )
+    return torch.tensor(ids)
+
+
+def _feature_labels(
+    text: TokenText, feature_of_token: npt.NDArray[np.int64], features: int
+) -> list[str]:
+    if (np.bincount(feature_of_token + 1, minlength=features + 1)[1:] == 1).all():
+        labels = text.labels()
+        return [labels[i] for i in np.argsort(feature_of_token)[-features:]]
+    parts: list[list[str]] = [[] for _ in range(features)]
+    last = [-2] * features
+    for i, feature in enumerate(feature_of_token):
+        if feature >= 0:
+            gap = " … " if parts[feature] and last[feature] != i - 1 else ""
+            parts[feature].append(gap + text.text[slice(*text.offsets[i])])
+            last[feature] = i
+    return ["".join(part) for part in parts]
+
+
+class ChatTokenInput(TokenIdsInput):
+    """Chat messages, through the tokenizer's own chat template.
+
+    The template is applied once and its result tokenised once, without special tokens
+    beyond those that it wrote. Only the content of the chosen messages is attributed;
+    role headers, other messages and the generation prompt are present but fixed.
+
+    Args:
+        messages (Sequence[Mapping]): messages as ``apply_chat_template`` takes them.
+            The content may be a string or a list with parts of type ``"text"``.
+        tokenizer: a fast tokenizer with a chat template.
+        features (str or Collection[str] or Callable, optional): whose content is
+            attributed: a role such as ``"user"``, several roles, ``"all"``, or a
+            function from a message to bool. Default: ``"user"``
+        baselines (int or str or Sequence[int], optional): as in
+            :class:`TokenIdsInput`. Default: ``0``
+        **template_args: for ``apply_chat_template``, such as ``tools`` or
+            ``enable_thinking``. ``add_generation_prompt`` is true unless given.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template or no character offsets, if no
+            content is chosen, or if the template does not show a chosen content.
+
+    Example:
+        >>> from captum_cage.demo import load_demo
+        >>> _, tokenizer = load_demo()
+        >>> messages = [{"role": "user", "content": "Ana has 3 pens."}]
+        >>> ChatTokenInput(messages, tokenizer).values
+        ['Ana', ' has', ' 3', ' pens', '.']
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Any,
+        *,
+        features: Features = "user",
+        baselines: int | str | Sequence[int] = 0,
+        **template_args: Any,
+    ) -> None:
+        if getattr(tokenizer, "chat_template", None) is None and (
+            template_args.get("chat_template") is None
+        ):
+            raise ValueError(
+                "tokenizer: must have a chat template, but this one has none. Use "
+                "TextTokenInput with plain text, or pass chat_template=."
+            )
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                complaint(
+                    "tokenizer",
+                    "must give character offsets, as fast tokenizers do",
+                    f"{type(tokenizer).__name__} came, which is not fast",
+                    "Load it with use_fast=True, or tokenise yourself and pass "
+                    "TokenIdsInput with a feature mask.",
+                )
+            )
+        template_args.setdefault(
+            "add_generation_prompt",
+            not template_args.get("continue_final_message", False),
+        )
+        messages = [dict(message) for message in messages]
+        chosen = _chosen(messages, features)
+
+        def render(rendered: list[dict[str, Any]]) -> str:
+            text: str = tokenizer.apply_chat_template(
+                rendered, tokenize=False, **template_args
+            )
+            return text
+
+        text = render(messages)
+        contents = _content_spans(messages, chosen, text, render)
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids = list(encoded["input_ids"])
+        offsets = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"])
+        inside = np.array([_is_inside(text, span, contents) for span in offsets], bool)
+        if not inside.any():
+            raise ValueError(
+                complaint(
+                    "messages",
+                    "a chosen message must have visible content",
+                    f"features={features!r} chose none with any",
+                    "Choose other roles, or features='all'.",
+                )
+            )
+        self._segments = tuple(contents)
+        self.messages = messages
+        self._fill(ids, tokenizer, inside, baselines)
+        self._label(TokenText(text, offsets))
+
+    @property
+    def segments(self) -> tuple[Span, ...]:
+        """Character ranges of the attributed contents."""
+        return self._segments
+
+
+def _chosen(messages: Sequence[Mapping[str, Any]], features: Features) -> list[bool]:
+    if not messages:
+        raise ValueError("messages: must have a message, but none came. Pass some.")
+    for number, message in enumerate(messages):
+        if "role" not in message:
+            raise ValueError(
+                complaint(
+                    f"messages[{number}]",
+                    "must have a 'role'",
+                    f"keys {list(message)} came",
+                    "Pass messages as apply_chat_template takes them.",
+                )
+            )
+    if callable(features):
+        return [bool(features(message)) for message in messages]
+    if features == "all":
+        return [True] * len(messages)
+    roles = {features} if isinstance(features, str) else set(features)
+    if not any(message["role"] in roles for message in messages):
+        there = sorted({str(message["role"]) for message in messages})
+        raise ValueError(
+            complaint(
+                "features",
+                "must choose a message",
+                f"{features!r} came and the roles are {', '.join(there)}",
+                "Pass one of these roles, several, 'all', or a function of a message.",
+            )
+        )
+    return [message["role"] in roles for message in messages]
+
+
+def _parts(message: Mapping[str, Any]) -> Iterable[tuple[int | None, str]]:
+    """Texts of a message's content, each with its place in a list of parts."""
+    content = message.get("content")
+    if isinstance(content, str):
+        yield None, content
+    elif isinstance(content, Sequence):
+        for place, part in enumerate(content):
+            if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+                yield place, part["text"]
+
+
+def _content_spans(
+    messages: Sequence[Mapping[str, Any]],
+    chosen: Sequence[bool],
+    text: str,
+    render: Callable[[list[dict[str, Any]]], str],
+) -> list[Span]:
+    """Where the chosen contents stand in the rendered text.
+
+    Each text is rendered again between two marks, which are then taken out; what is
+    left must be the rendered text itself, so that the marks' places are those of the
+    content. Marks stand inside white space, which templates may strip.
+    """
+    first, last = _unused(text, 2)
+    spans: list[Span] = []
+    for number, message in enumerate(messages):
+        if not chosen[number]:
+            continue
+        for place, content in _parts(message):
+            core = content.strip()
+            if not core:
+                continue
+            start = content.find(core)
+            marked = f"{content[:start]}{first}{core}{last}{content[start + len(core) :]}"
+            changed = [dict(other) for other in messages]
+            if place is None:
+                changed[number]["content"] = marked
+            else:
+                parts = [
+                    dict(part) if isinstance(part, Mapping) else part
+                    for part in message["content"]
+                ]
+                parts[place]["text"] = marked
+                changed[number]["content"] = parts
+            spans.extend(_marked_span(render(changed), text, core, first, last, number))
+    return spans
+
+
+def _marked_span(
+    rendered: str, text: str, core: str, first: str, last: str, number: int
+) -> list[Span]:
+    if rendered.replace(first, "").replace(last, "") == text:
+        start, stop = rendered.find(first), rendered.find(last)
+        if start >= 0 and stop > start and rendered.count(last) == 1:
+            return [(start, stop - 1)]
+        if start < 0 and stop >= 0:
+            # The template shows the end of the content only, as some do that drop the
+            # reasoning of earlier turns.
+            shown_start = stop
+            while shown_start > 0 and core.endswith(text[shown_start - 1 : stop]):
+                shown_start -= 1
+            return [(shown_start, stop)]
+    raise ValueError(
+        complaint(
+            f"messages[{number}]",
+            "the chat template must show a chosen content as it is, once",
+            "this one leaves it out or changes it",
+            "Choose other messages with features=, or tokenise yourself and pass "
+            "TokenIdsInput with a feature mask.",
+        )
+    )
+
+
+def _unused(text: str, count: int) -> list[str]:
+    """Private-use characters that do not occur in a text."""
+    free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
+    return [next(free) for _ in range(count)]
+
+
+def _is_inside(text: str, span: Span, contents: Sequence[Span]) -> bool:
+    """Whether a token's first visible character belongs to a content."""
+    shown_text = text[slice(*span)]
+    visible = span[1] - len(shown_text.lstrip())
+    place = visible if visible < span[1] else span[0]
+    return span[0] < span[1] and any(a <= place < b for a, b in contents)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What stands before the generated text, as the wrapper needs to know it.
+
+    Attributes:
+        inp (InterpretableInput): the user's input.
+        ids (tuple[int, ...]): ids of the unperturbed prompt.
+        text (TokenText): its text.
+        feature_of_token (numpy.ndarray or None): feature of each token, -1 for none;
+            None where features are no single tokens (templates, images, groups).
+        special (numpy.ndarray): which tokens are special, bool.
+        breaks (tuple[int, ...]): characters at which a unit must end.
+    """
+
+    inp: InterpretableInput
+    ids: tuple[int, ...]
+    text: TokenText
+    feature_of_token: npt.NDArray[np.int64] | None
+    special: npt.NDArray[np.bool_]
+    breaks: tuple[int, ...]
+
+    @classmethod
+    def read(cls, inp: InterpretableInput, tokenizer: Any) -> Prompt:
+        """Read a prompt from any of Captum's inputs or ours.
+
+        Raises:
+            TypeError: if ``inp`` is no interpretable input.
+            ValueError: if the prompt is empty or has nothing to attribute.
+        """
+        if not isinstance(inp, InterpretableInput):
+            raise TypeError(
+                complaint(
+                    "inp",
+                    "must be one of Captum's interpretable inputs",
+                    f"{shown(inp)} came",
+                    "Wrap a text as TextTokenInput(text, tokenizer), messages as "
+                    "ChatTokenInput(messages, tokenizer).",
+                )
+            )
+        ids = token_ids("inp", _ids(inp.to_model_input(), tokenizer))
+        if not ids:
+            raise ValueError(
+                "inp: the prompt must have a token, but it is empty. Pass some text."
+            )
+        if inp.n_itp_features < 1:
+            raise ValueError(
+                "inp: must have a feature to attribute to, but none of its tokens is "
+                "one. Skip fewer tokens, or choose more messages."
+            )
+        feature_of_token = None
+        breaks: tuple[int, ...] = ()
+        if isinstance(inp, TokenIdsInput):
+            feature_of_token = inp.feature_of_token
+            text = inp.token_text
+            breaks = tuple(end for span in inp.segments for end in span)
+        else:
+            text = read_tokens(ids, tokenizer)
+            if isinstance(inp, TextTokenInput):
+                feature_of_token = _feature_of_token(inp.itp_mask, len(ids))
+        if feature_of_token is not None and (
+            np.bincount(feature_of_token + 1, minlength=2)[1:].max() > 1
+            or feature_of_token.max() + 1 != inp.n_itp_features
+        ):
+            feature_of_token = None  # features are groups of tokens already
+        special = np.isin(ids, list(special_ids(tokenizer)))
+        return cls(inp, tuple(ids), text, feature_of_token, special, breaks)
+
+    @property
+    def takes_ids_alone(self) -> bool:
+        """Whether the model gets nothing but token ids."""
+        return not isinstance(self.inp.to_model_input(), Mapping)
+
+
+def _ids(model_input: Any, tokenizer: Any) -> Any:
+    """Token ids of a model input, shape ``(1, tokens)``."""
+    if isinstance(model_input, str):
+        # As Captum itself encodes the text of a template.
+        return tokenizer.encode(model_input)
+    if isinstance(model_input, Mapping):
+        return model_input["input_ids"]
+    return model_input
+
+
+def baseline_id(choice: int | str, inp: InterpretableInput, tokenizer: Any) -> int:
+    """The token that stands for an absent generated token.
+
+    Args:
+        choice (int or str): an id, a token, or ``"auto"``: the baseline of the input
+            where it has one for all tokens, else the unknown, end or padding token,
+            whichever the tokenizer has first, else 0.
+        inp (InterpretableInput): the prompt.
+        tokenizer: the tokenizer of the ids.
+
+    Raises:
+        ValueError: if the tokenizer has no such token.
+    """
+    if isinstance(choice, int):
+        return choice
+    if choice == "auto":
+        if isinstance(inp, TextTokenInput):
+            return int(inp.baselines)
+        for name in ("unk", "eos", "pad"):
+            found = getattr(tokenizer, f"{name}_token_id", None)
+            if found is not None:
+                return int(found)
+        return 0
+    known = tokenizer.get_vocab()
+    if choice not in known:
+        raise ValueError(
+            complaint(
+                "generated_baseline",
+                "must be 'auto', a token or an id",
+                f"{choice!r} came, which the tokenizer does not know",
+                "Pass the id, for example tokenizer.eos_token_id.",
+            )
+        )
+    return int(known[choice])
+
+
+class PrefixedInput(InterpretableInput):
+    """A prompt and the ids generated after it, with units as features.
+
+    Perturbing a unit perturbs all its features of the prompt, or replaces all its
+    generated tokens by the baseline. Generated ids are appended as ids.
+
+    Args:
+        prompt (Prompt): the prompt.
+        source_groups (numpy.ndarray): source unit of each feature of the prompt (of
+            each token, where features are tokens), -1 for none.
+        n_sources (int): number of source units.
+        prefix (Sequence[int]): ids generated so far.
+        prefix_groups (numpy.ndarray): generated unit of each of these ids, from 0; -1
+            for ids that are present and no feature.
+        baseline (int): id that stands for an absent generated token.
+        tokenizer: the tokenizer of the ids.
+        as_text (bool, optional): give the model text instead of ids, as remote models
+            need. Default: ``False``
+    """
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        source_groups: npt.NDArray[np.int64],
+        n_sources: int,
+        prefix: Sequence[int],
+        prefix_groups: npt.NDArray[np.int64],
+        baseline: int,
+        tokenizer: Any,
+        as_text: bool = False,
+    ) -> None:
+        self._prompt = prompt
+        self._source_groups = torch.from_numpy(_of_features(prompt, source_groups))
+        self._prefix = torch.tensor([list(prefix)], dtype=torch.long)
+        self._prefix_groups = torch.from_numpy(prefix_groups)
+        self._n_sources = n_sources
+        self._baseline = baseline
+        self._tokenizer = tokenizer
+        self._as_text = as_text
+        generated = int(prefix_groups.max(initial=-1)) + 1
+        self.n_itp_features = n_sources + generated
+        self.values = [str(number) for number in range(self.n_itp_features)]
+
+    def to_tensor(self) -> Tensor:
+        """Indicator of the units, all present. Shape ``(1, n_itp_features)``."""
+        dtype = self._prompt.inp.to_tensor().dtype
+        return torch.ones((1, self.n_itp_features), dtype=dtype)
+
+    def to_model_input(self, perturbed_tensor: Tensor | None = None) -> ModelInput:
+        """The prompt as its own input gives it, followed by the generated ids."""
+        inp, prefix = self._prompt.inp, self._prefix
+        if perturbed_tensor is None:
+            prompt = inp.to_model_input()
+        else:
+            present = perturbed_tensor[:, self._source_groups.to(perturbed_tensor.device)]
+            prompt = inp.to_model_input(present)
+            groups = self._prefix_groups
+            places = torch.where(groups >= 0, groups + self._n_sources, 0)
+            absent = (perturbed_tensor.cpu()[:, places] != 1) & (groups >= 0)
+            prefix = torch.where(absent, self._baseline, prefix)
+        if self._as_text:
+            return self._text(prompt, prefix[0].tolist())
+        if isinstance(prompt, str):
+            prompt = torch.tensor([_ids(prompt, self._tokenizer)])
+        if isinstance(prompt, Tensor):
+            return torch.cat([prompt, prefix.to(prompt.device)], dim=1)
+        return extended_model_input(prompt, prefix)
+
+    def _text(self, prompt: Any, prefix: list[int]) -> str:
+        tokenizer = self._tokenizer
+        if isinstance(prompt, str):
+            context = list(self._prompt.ids[-1:])
+            before = decode(context, tokenizer)
+            return prompt + decode(context + prefix, tokenizer)[len(before) :]
+        ids = token_ids("inp", prompt)
+        start = getattr(tokenizer, "bos_token_id", None)
+        if start is not None and ids[:1] == [start] == tokenizer.encode("")[:1]:
+            ids = ids[1:]  # the server puts its own in front
+        return decode(ids + prefix, tokenizer)
+
+
+def _of_features(
+    prompt: Prompt, groups: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Unit of each feature, from the unit of each token."""
+    if prompt.feature_of_token is None:
+        return groups
+    features = np.zeros(prompt.inp.n_itp_features, dtype=np.int64)
+    chosen = prompt.feature_of_token >= 0
+    features[prompt.feature_of_token[chosen]] = groups[chosen]
+    return features
+
+
+def extended_model_input(model_input: Mapping[str, Any], ids: Tensor) -> dict[str, Any]:
+    """A processor's output with more token ids at its end.
+
+    Args:
+        model_input (Mapping): what a processor made, with ``input_ids``.
+        ids (Tensor): ids to append, shape ``(1, n)``.
+
+    Raises:
+        ValueError: if another entry has one number per token and it is unknown what a
+            generated token gets there.
+    """
+    before = model_input["input_ids"]
+    length = before.shape[1]
+    extended = {**model_input}
+    extended["input_ids"] = torch.cat([before, ids.to(before.device)], dim=1)
+    for name, value in model_input.items():
+        if name == "input_ids" or not isinstance(value, Tensor):
+            continue
+        if name in _PER_TOKEN:
+            more = value.new_full((value.shape[0], ids.shape[1]), _PER_TOKEN[name])
+            extended[name] = torch.cat([value, more], dim=1)
+        elif value.dim() == 2 and value.shape == before.shape and length > 1:
+            raise ValueError(
+                complaint(
+                    f"inp: the model input {name!r}",
+                    "must not have one number per token, since what a generated token "
+                    "gets there is not known",
+                    f"it has {length}, as many as the prompt has tokens",
+                    "Have the processor function leave it out, if the model can do "
+                    "without it.",
+                )
+            )
+    return extended

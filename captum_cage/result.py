@@ -1,0 +1,479 @@
+"""The answer: marginalised attributions, and the graph that they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from captum.attr import InterpretableInput, LLMAttributionResult
+from scipy.sparse import csr_array, issparse
+from torch import Tensor
+
+from captum_cage._checks import complaint, whole_number
+from captum_cage.graph import AttributionGraph
+from captum_cage.solve import Path
+from captum_cage.spans import Explain, explained_units
+from captum_cage.text import Span, TokenText
+from captum_cage.units import Granularity, Unit, Units, group_tokens, split_units
+
+__all__ = ["FORMAT_VERSION", "GraphAttributionResult", "TextPath"]
+
+FORMAT = "captum_cage.result"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class TextPath(Path):
+    """A path with the text of its units.
+
+    Attributes:
+        texts (tuple[str, ...]): text of each unit, from the explained one to the source.
+        share (float): part of the explained mass that takes this path.
+    """
+
+    texts: tuple[str, ...]
+    share: float
+
+    def __str__(self) -> str:
+        steps = " <- ".join(json.dumps(text, ensure_ascii=False) for text in self.texts)
+        return f"{steps} ({self.share:.1%})"
+
+
+class GraphAttributionResult(LLMAttributionResult):
+    """Attribution of generated text to its sources along all paths.
+
+    A ``captum.attr.LLMAttributionResult``, so its plots and everything that takes one
+    work. ``P`` is the number of source units, ``G`` of generated units.
+
+    Args:
+        graph (AttributionGraph): the graph, sources first.
+        units (Sequence[Unit]): its ``P + G`` units.
+        explained (Sequence[int]): positions of the explained generated units.
+        source_text (str): text of the prompt.
+        generated_text (str): text that was generated.
+        output_probs (ArrayLike, optional): probability of each generated unit given
+            everything before it, shape ``(G,)``. Default: ``None``
+        breaks (Sequence[int], optional): characters of the source text that no unit
+            reaches across. Default: ``()``
+        meta (Mapping, optional): how the result was made, JSON values only.
+            Default: ``None``
+        inp (InterpretableInput, optional): the input. Default: ``None``
+
+    Attributes:
+        graph (AttributionGraph): the graph.
+        units (tuple[Unit, ...]): its units, with text and character range.
+        explained (tuple[int, ...]): positions of the explained generated units.
+        weights (numpy.ndarray): 1 for each explained unit, else 0. Shape ``(G,)``.
+        source_text (str): text of the prompt.
+        generated_text (str): text that was generated.
+        meta (dict): base method, units, versions.
+        input_tokens (list[str]): text of the source units.
+        output_tokens (list[str]): text of the generated units.
+        output_probs (Tensor or None): probability of each generated unit, ``(G,)``.
+        unresolved (float): mass that an approximation left open; 0.0 here, as every
+            row was computed.
+
+    Source: Walker and Ewetz (2025), arXiv:2512.15663.
+    """
+
+    def __init__(
+        self,
+        graph: AttributionGraph,
+        units: Sequence[Unit],
+        explained: Sequence[int],
+        *,
+        source_text: str,
+        generated_text: str,
+        output_probs: npt.ArrayLike | None = None,
+        breaks: Sequence[int] = (),
+        meta: Mapping[str, Any] | None = None,
+        inp: InterpretableInput | None = None,
+    ) -> None:
+        self.graph = graph
+        self.units = tuple(units)
+        self.explained = tuple(explained)
+        self.weights = np.zeros(graph.n_generated)
+        self.weights[list(self.explained)] = 1.0
+        self.source_text = source_text
+        self.generated_text = generated_text
+        self.breaks = tuple(breaks)
+        self.meta = dict(meta or {})
+        self.unresolved = 0.0
+        super().__init__(
+            input_tokens=[unit.text for unit in self.units if not unit.generated],
+            output_tokens=[unit.text for unit in self.units if unit.generated],
+            seq_attr=torch.from_numpy(graph.explain(self.weights)),
+            output_probs=output_probs,
+            inp=inp,
+        )
+
+    # Results compare by identity, as tensors have no single truth value.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        texts = [self.output_tokens[step] for step in self.explained]
+        shown = "".join(texts) if len(texts) == 1 else f"{len(texts)} units"
+        return (
+            f"{type(self).__name__}(P={self.graph.n_sources}, "
+            f"G={self.graph.n_generated}, explained={shown!r}, leaked={self.leaked:.3g})"
+        )
+
+    @property
+    def token_attr(self) -> Tensor:
+        """Marginals of every generated unit, shape ``(G, P)``, float64."""
+        if self._token_attr is None:
+            self._token_attr = torch.from_numpy(self.graph.marginals())
+        return self._token_attr
+
+    @token_attr.setter
+    def token_attr(self, token_attr: None) -> None:
+        # Captum's constructor sets it; it is computed when it is first asked for.
+        self._token_attr = token_attr
+
+    @property
+    def seq_attr_dict(self) -> dict[str, float]:
+        """Score of each source unit by its text; a repeated text gets a number."""
+        scores: dict[str, float] = {}
+        for text, score in zip(self.input_tokens, self.seq_attr.tolist(), strict=True):
+            key, count = text, 1
+            while key in scores:
+                count += 1
+                key = f"{text} ({count})"
+            scores[key] = score
+        return scores
+
+    @cached_property
+    def direct(self) -> LLMAttributionResult:
+        """The explained units' own rows, without the graph: a plain Captum result."""
+        to_sources, _ = self.graph.blocks()
+        return self._plain(self.weights @ to_sources)
+
+    @cached_property
+    def sequence(self) -> LLMAttributionResult:
+        """All rows summed, whatever is explained: a plain Captum result."""
+        to_sources, _ = self.graph.blocks()
+        return self._plain(np.ones(self.graph.n_generated) @ to_sources)
+
+    def _plain(self, seq_attr: npt.NDArray[np.float64]) -> LLMAttributionResult:
+        to_sources, _ = self.graph.blocks()
+        return LLMAttributionResult(
+            input_tokens=self.input_tokens,
+            output_tokens=self.output_tokens,
+            seq_attr=torch.from_numpy(np.array(seq_attr)),
+            token_attr=torch.from_numpy(to_sources.toarray()),
+            output_probs=self.output_probs,
+            inp=self.inp,
+        )
+
+    @cached_property
+    def step_attr(self) -> Tensor:
+        """Mass that passes through each generated unit, shape ``(G,)``, float64."""
+        return torch.from_numpy(self.graph.throughput(self.weights))
+
+    @cached_property
+    def leaked(self) -> float:
+        """Mass that ends in rows without mass; ``seq_attr.sum() + leaked`` is the
+        number of explained units (in ``positive`` and ``absolute``)."""
+        return self.graph.leaked(self.weights)
+
+    def paths(self, k: int = 5, source: int | None = None) -> list[TextPath]:
+        """The ``k`` heaviest paths from the explained units to the sources.
+
+        Args:
+            k (int, optional): number of paths. Default: ``5``
+            source (int, optional): the source unit that they end in. Default: any
+
+        Returns:
+            list[TextPath]: at most ``k`` paths, the heaviest first.
+
+        Raises:
+            ValueError: if ``k`` is negative or there is no such source.
+        """
+        total = len(self.explained)
+        return [
+            TextPath(
+                path.units,
+                path.weight,
+                tuple(self.units[unit].text for unit in path.units),
+                path.weight / total,
+            )
+            for path in self.graph.best_paths(self.weights, source, k)
+        ]
+
+    def explaining(self, span: Explain) -> GraphAttributionResult:
+        """The explanation of another span, without a model call.
+
+        Args:
+            span: which generated units, in any form that ``attribute`` takes as
+                ``explain``.
+
+        Returns:
+            GraphAttributionResult: the same graph, another question.
+        """
+        steps = [unit for unit in self.units if unit.generated]
+        return GraphAttributionResult(
+            self.graph,
+            self.units,
+            explained_units(span, steps, self.generated_text),
+            source_text=self.source_text,
+            generated_text=self.generated_text,
+            output_probs=self.output_probs,
+            breaks=self.breaks,
+            meta=self.meta,
+            inp=self.inp,
+        )
+
+    def by(self, units: Granularity) -> LLMAttributionResult:
+        """The solved scores summed over larger units, for display.
+
+        This is not the explanation that larger units would have had: for that, pass
+        ``units`` to ``attribute``, which groups the rows before they are normalised
+        and solved.
+
+        Args:
+            units: a granularity, as ``attribute`` takes it. Sources without a place in
+                the text stay as they are.
+
+        Returns:
+            LLMAttributionResult: a plain Captum result over the larger units.
+        """
+        sources, steps = self._regrouped(units)
+        columns = _indicator(sources)
+        rows = _indicator(steps)
+        probs = None
+        if self.output_probs is not None:
+            logs = torch.log(self.output_probs.double())
+            probs = torch.exp(torch.from_numpy(rows) @ logs)
+        return LLMAttributionResult(
+            input_tokens=[unit.text for unit in sources.units],
+            output_tokens=[unit.text for unit in steps.units],
+            seq_attr=torch.from_numpy(columns) @ self.seq_attr,
+            token_attr=torch.from_numpy(rows) @ self.token_attr @ columns.T,
+            output_probs=probs,
+            inp=self.inp,
+        )
+
+    def _regrouped(self, units: Granularity) -> tuple[Units, Units]:
+        sides = split_units(units)
+        if sides["both"] is not None:
+            cut = len(self.source_text)
+            sides["source"], sides["generated"] = split_ranges(sides["both"], cut)
+        found = []
+        for generated in (False, True):
+            side = "generated" if generated else "source"
+            members = [unit for unit in self.units if unit.generated == generated]
+            spans = [unit.span for unit in members if unit.span is not None]
+            if len(spans) < len(members):
+                found.append(Units(tuple(members), np.arange(len(members))))
+                continue
+            text = self.generated_text if generated else self.source_text
+            found.append(
+                group_tokens(
+                    TokenText(text, tuple(spans)),
+                    sides[side],
+                    generated=generated,
+                    special=np.array([unit.special for unit in members], dtype=bool),
+                    breaks=() if generated else self.breaks,
+                )
+            )
+        return found[0], found[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything in it as JSON values, scores included."""
+        return {
+            **self._header(),
+            "output_probs": None
+            if self.output_probs is None
+            else self.output_probs.tolist(),
+            "seq_attr": self.seq_attr.tolist(),
+            "direct": self.direct.seq_attr.tolist(),
+            "sequence": self.sequence.seq_attr.tolist(),
+            "step_attr": self.step_attr.tolist(),
+            "leaked": self.leaked,
+            "unresolved": self.unresolved,
+            "paths": [
+                {"units": list(path.units), "weight": path.weight}
+                for path in self.paths(10)
+            ],
+            "rows": _dense(self.graph.rows).tolist(),
+        }
+
+    def _header(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "meta": self.meta,
+            "normalization": self.graph.normalization,
+            "source_text": self.source_text,
+            "generated_text": self.generated_text,
+            "breaks": list(self.breaks),
+            "explained": list(self.explained),
+            "units": [
+                {
+                    "text": unit.text,
+                    "generated": unit.generated,
+                    "span": None if unit.span is None else list(unit.span),
+                    "special": unit.special,
+                }
+                for unit in self.units
+            ],
+        }
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result to one file, which loads without the model.
+
+        The file is a NumPy archive of plain arrays and JSON, with no pickle. It is
+        written beside its place first, so that an interrupt leaves no half file.
+
+        Args:
+            path (str or PathLike): the file; an existing one is replaced.
+        """
+        arrays: dict[str, Any] = {
+            "header": np.frombuffer(
+                json.dumps(self._header()).encode("ascii"), dtype=np.uint8
+            ),
+            "sources": self.graph.sources,
+        }
+        if self.output_probs is not None:
+            arrays["output_probs"] = self.output_probs.numpy()
+        rows = csr_array(self.graph.rows)
+        arrays["rows_shape"] = np.array(rows.shape)
+        for part in ("data", "indices", "indptr"):
+            arrays[f"rows_{part}"] = getattr(rows, part)
+        target = FilePath(path)
+        partial = target.with_name(target.name + ".partial")
+        try:
+            with open(partial, "wb") as file:
+                np.savez_compressed(file, **arrays)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> GraphAttributionResult:
+        """Read a result that was saved.
+
+        Args:
+            path (str or PathLike): the file.
+
+        Returns:
+            GraphAttributionResult: as it was, but without ``inp``.
+
+        Raises:
+            OSError: if the file cannot be read.
+            ValueError: if it is no saved result, or of an unknown version.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            header = json.loads(arrays["header"].tobytes())
+            version = header["version"] if header["format"] == FORMAT else None
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
+            raise _not_a_result(path) from error
+        except zipfile.BadZipFile as error:
+            raise _not_a_result(path) from error
+        if version is None:
+            raise _not_a_result(path)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                complaint(
+                    f"{os.fspath(path)}",
+                    f"must be a result of format version {FORMAT_VERSION}",
+                    f"version {version!r} came",
+                    "Load it with the captum_cage that saved it.",
+                )
+            )
+        try:
+            parts = tuple(arrays[f"rows_{part}"] for part in ("data", "indices", "indptr"))
+            rows = csr_array(parts, shape=tuple(int(n) for n in arrays["rows_shape"]))
+            rows.check_format()
+            graph = AttributionGraph.from_rows(
+                rows.toarray(), arrays["sources"], header["normalization"]
+            )
+            units = [
+                Unit(
+                    str(unit["text"]),
+                    bool(unit["generated"]),
+                    _span(unit["span"]),
+                    bool(unit["special"]),
+                )
+                for unit in header["units"]
+            ]
+            if [not unit.generated for unit in units] != graph.sources.tolist():
+                raise _not_a_result(path)
+            explained = [
+                whole_number("explained", step, stop=graph.n_generated, remedy="")
+                for step in header["explained"]
+            ]
+            return cls(
+                graph,
+                units,
+                explained,
+                source_text=str(header["source_text"]),
+                generated_text=str(header["generated_text"]),
+                output_probs=arrays.get("output_probs"),
+                breaks=[int(end) for end in header["breaks"]],
+                meta=header["meta"],
+            )
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            IndexError,
+            AssertionError,  # of Captum's result, where a shape does not fit
+        ) as error:
+            raise _not_a_result(path) from error
+
+
+def split_ranges(ranges: Any, cut: int) -> tuple[list[Span], list[Span]]:
+    """Ranges in the whole text, as ranges in the source and in the generated text.
+
+    Raises:
+        ValueError: if a range reaches across the end of the prompt.
+    """
+    for start, stop in ranges:
+        if start < cut < stop:
+            raise ValueError(
+                complaint(
+                    "units",
+                    f"a range must not reach across the end of the prompt, at {cut}",
+                    f"({start}, {stop}) came",
+                    "Cut it in two.",
+                )
+            )
+    left = [(start, stop) for start, stop in ranges if stop <= cut]
+    right = [(start - cut, stop - cut) for start, stop in ranges if start >= cut]
+    return left, right
+
+
+def _indicator(units: Units) -> npt.NDArray[np.float64]:
+    """Which old unit (column) belongs to which new one (row)."""
+    rows = np.arange(len(units))[:, None]
+    return (units.groups[None, :] == rows).astype(np.float64)
+
+
+def _dense(rows: Any) -> npt.NDArray[np.float64]:
+    dense: npt.NDArray[np.float64] = rows.toarray() if issparse(rows) else rows
+    return dense
+
+
+def _span(value: Any) -> Span | None:
+    return None if value is None else (int(value[0]), int(value[1]))
+
+
+def _not_a_result(path: str | os.PathLike[str]) -> ValueError:
+    return ValueError(
+        f"{os.fspath(path)}: must be a result saved by GraphAttributionResult.save, but "
+        "it is not one, or it is damaged. Save it again."
+    )

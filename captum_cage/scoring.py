@@ -1,0 +1,262 @@
+"""What the language model itself says: its limits, its text and its probabilities."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from captum_cage._captum import DEFAULT_GEN_ARGS, LLMAttributionObject, family
+from captum_cage._checks import complaint
+from captum_cage.inputs import Prompt, extended_model_input, token_ids
+from captum_cage.text import decode
+
+__all__ = [
+    "check_model",
+    "check_sequence",
+    "context_length",
+    "generate_ids",
+    "held",
+    "log_probabilities",
+]
+
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+
+_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = (
+    weakref.WeakKeyDictionary()
+)
+_locks_guard = threading.Lock()
+
+
+@contextmanager
+def held(llm_attr: LLMAttributionObject) -> Iterator[None]:
+    """The model in evaluation mode and ours alone; as it was, afterwards.
+
+    Captum's gradient methods hook the model's layers, so two explanations of one model
+    at the same time would mix. The second waits.
+    """
+    model = llm_attr.model
+    if not isinstance(model, nn.Module):  # the placeholder of a remote model
+        yield
+        return
+    with _locks_guard:
+        lock = _locks.setdefault(model, threading.RLock())
+    with lock:
+        training = [module for module in model.modules() if module.training]
+        model.eval()
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def check_model(llm_attr: LLMAttributionObject) -> None:
+    """Refuse models that the method does not apply to.
+
+    Raises:
+        ValueError: if the model is an encoder-decoder.
+    """
+    config = getattr(llm_attr.model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            complaint(
+                "llm_attr",
+                "the model must be a decoder that reads prompt and generated text as one "
+                "sequence",
+                f"{type(llm_attr.model).__name__} came, an encoder-decoder",
+                "Use a causal language model.",
+            )
+        )
+
+
+def context_length(model: Any) -> int | None:
+    """Longest sequence of ids that the model takes; None if its config does not say."""
+    config = getattr(model, "config", None)
+    if config is None:
+        return None
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    for name in _LENGTHS:
+        length = getattr(config, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None
+
+
+def check_sequence(
+    llm_attr: LLMAttributionObject, prompt: Sequence[int], generated: Sequence[int]
+) -> None:
+    """Refuse ids that the model does not know, and sequences too long for it.
+
+    Raises:
+        ValueError: if an id is out of the vocabulary, or there are too many.
+    """
+    model = llm_attr.model
+    vocabulary = _vocabulary_size(model, llm_attr.tokenizer)
+    for where, ids in (("inp", prompt), ("target", generated)):
+        for place, number in enumerate(ids):
+            # Below zero: placeholders that multimodal processors put into prompts.
+            if number >= vocabulary or (number < 0 and where == "target"):
+                raise ValueError(
+                    complaint(
+                        where,
+                        f"its ids must be in the vocabulary of {vocabulary} tokens",
+                        f"id {number} came at position {place}",
+                        "Use the tokenizer that belongs to the model.",
+                    )
+                )
+    longest = context_length(model)
+    length = len(prompt) + len(generated)
+    if longest is not None and length > longest:
+        rest = f" and target {len(generated)}" if generated else ""
+        raise ValueError(
+            complaint(
+                "inp",
+                f"prompt and target must fit into the model's context of {longest} "
+                "tokens",
+                f"the prompt has {len(prompt)}{rest}",
+                "Shorten them, or load a model with a longer context.",
+            )
+        )
+
+
+def _vocabulary_size(model: Any, tokenizer: Any) -> int:
+    if isinstance(model, nn.Module) and hasattr(model, "get_input_embeddings"):
+        embeddings = model.get_input_embeddings()
+        size = getattr(embeddings, "num_embeddings", None)
+        if isinstance(size, int):
+            return size
+    return len(tokenizer)
+
+
+def generate_ids(
+    llm_attr: LLMAttributionObject,
+    prompt: Prompt,
+    gen_args: Mapping[str, Any] | None,
+) -> list[int]:
+    """Ids that the model generates after a prompt, special tokens included.
+
+    Args:
+        llm_attr: the wrapped object, whose model or provider generates.
+        prompt (Prompt): the prompt.
+        gen_args (Mapping, optional): for the model's ``generate``; Captum's own
+            defaults if None: greedy, 25 tokens.
+
+    Raises:
+        TypeError: if the model cannot generate.
+        ValueError: if nothing was generated.
+    """
+    arguments = dict(DEFAULT_GEN_ARGS if gen_args is None else gen_args)
+    if family(llm_attr) == "remote":
+        text = _remote_text(prompt, llm_attr.tokenizer)
+        answer = llm_attr.provider.generate(text, **arguments)
+        generated = llm_attr.tokenizer.encode(answer, add_special_tokens=False)
+    else:
+        model = llm_attr.model
+        if not callable(getattr(model, "generate", None)):
+            raise TypeError(
+                complaint(
+                    "target",
+                    "must be given for a model that cannot generate",
+                    f"{type(model).__name__} came, which has no generate()",
+                    "Pass the text or the ids to explain.",
+                )
+            )
+        inputs = _model_inputs(llm_attr, prompt, [])
+        output = model.generate(**inputs, **arguments)
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        generated = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    if not generated:
+        raise ValueError(
+            "target: the model generated nothing after this prompt. Pass gen_args that "
+            "let it write more, or the text to explain as target."
+        )
+    return token_ids("target", generated)
+
+
+def _remote_text(prompt: Prompt, tokenizer: Any) -> str:
+    model_input = prompt.inp.to_model_input()
+    if isinstance(model_input, str):
+        return model_input
+    ids = list(prompt.ids)
+    start = getattr(tokenizer, "bos_token_id", None)
+    if start is not None and ids[:1] == [start] == tokenizer.encode("")[:1]:
+        ids = ids[1:]
+    return decode(ids, tokenizer)
+
+
+def _model_inputs(
+    llm_attr: LLMAttributionObject, prompt: Prompt, generated: Sequence[int]
+) -> dict[str, Any]:
+    """Keyword arguments of the model's forward for prompt and generated ids."""
+    more = torch.tensor([list(generated)], dtype=torch.long)
+    model_input = prompt.inp.to_model_input()
+    if isinstance(model_input, Mapping):
+        inputs = extended_model_input(model_input, more)
+    else:
+        ids = torch.tensor([prompt.ids])
+        inputs = {"input_ids": torch.cat([ids, more], dim=1).to(llm_attr.device)}
+    inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+    return inputs
+
+
+def log_probabilities(
+    llm_attr: LLMAttributionObject, prompt: Prompt, generated: Sequence[int]
+) -> npt.NDArray[np.float64]:
+    """Log-probability of each generated token given everything before it.
+
+    One plain forward pass; for a remote model one request for the whole text.
+
+    Returns:
+        numpy.ndarray: shape ``(len(generated),)``, float64.
+
+    Raises:
+        ValueError: if the model gives a number that is no log-probability.
+    """
+    if family(llm_attr) == "remote":
+        before = decode(prompt.ids[-1:], llm_attr.tokenizer)
+        target = decode([*prompt.ids[-1:], *generated], llm_attr.tokenizer)
+        scores = llm_attr.provider.get_logprobs(
+            input_prompt=_remote_text(prompt, llm_attr.tokenizer),
+            target_str=target[len(before) :],
+            tokenizer=llm_attr.tokenizer,
+        )
+        if len(scores) != len(generated):
+            raise ValueError(
+                complaint(
+                    "target",
+                    f"the provider must score its {len(generated)} tokens",
+                    f"{len(scores)} scores came",
+                    "Check that the provider's model uses this tokenizer.",
+                )
+            )
+        values = np.asarray(scores, dtype=np.float64)
+    else:
+        with torch.no_grad():
+            inputs = _model_inputs(llm_attr, prompt, generated)
+            logits = llm_attr.model.forward(**inputs).logits
+        if logits.dim() == 4:  # Llama 4
+            logits = logits[:, 0]
+        start = logits.shape[1] - len(generated) - 1
+        scores = torch.log_softmax(logits[0, start:-1].double(), dim=-1)
+        target = torch.tensor(list(generated), device=scores.device)
+        values = scores.gather(1, target[:, None])[:, 0].cpu().numpy()
+    for place in np.flatnonzero(~(values <= 0)):
+        raise ValueError(
+            complaint(
+                "llm_attr",
+                "the model must give log-probabilities",
+                f"{values[place]} came for generated token {place}, "
+                f"{decode([generated[place]], llm_attr.tokenizer)!r}",
+                "Look for NaN or infinite weights, or use a wider number type.",
+            )
+        )
+    return values

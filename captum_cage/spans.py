@@ -1,0 +1,144 @@
+"""Which generated units a question means: by index, slice, text or pattern."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from captum_cage._checks import complaint, shown, whole_number
+from captum_cage.text import Span
+from captum_cage.units import Unit
+
+__all__ = ["Explain", "explained_units", "find_span"]
+
+Explain: TypeAlias = int | slice | tuple[int, int] | str | re.Pattern[str] | None
+
+_FORMS = (
+    "Pass a position, a slice or (start, stop) of generated units, a substring of the "
+    "generated text, or a compiled regular expression."
+)
+
+
+def explained_units(
+    explain: Explain, units: Sequence[Unit], text: str
+) -> tuple[int, ...]:
+    """Positions of the generated units that a question means.
+
+    Args:
+        explain: None for all units; an int (negative ones count from the end), a slice
+            or ``(start, stop)`` of generated units; a substring of the generated text,
+            whose *last* occurrence counts; or a compiled regular expression, whose last
+            match counts. A text means every unit that shares a visible character with
+            it.
+        units (Sequence[Unit]): the generated units.
+        text (str): the generated text, which their ranges count in.
+
+    Returns:
+        tuple[int, ...]: ascending positions, at least one.
+
+    Raises:
+        TypeError: if ``explain`` has none of these forms.
+        ValueError: if it means no unit.
+    """
+    count = len(units)
+    if explain is None:
+        return tuple(range(count))
+    if isinstance(explain, tuple):
+        if len(explain) != 2:
+            raise ValueError(
+                complaint(
+                    "explain", "a tuple must be (start, stop)", f"{explain} came", _FORMS
+                )
+            )
+        explain = slice(*explain)
+    if isinstance(explain, slice):
+        for end in (explain.start, explain.stop, explain.step):
+            if not isinstance(end, int | np.integer | None) or isinstance(end, bool):
+                raise TypeError(
+                    complaint(
+                        "explain",
+                        "the ends of a slice must be whole numbers",
+                        f"{shown(end)} came",
+                        _FORMS,
+                    )
+                )
+        chosen = tuple(sorted(range(count)[explain]))
+        if not chosen:
+            raise ValueError(
+                complaint(
+                    "explain",
+                    "must mean at least one generated unit",
+                    f"{explain.start}:{explain.stop} of {count} units came",
+                    _FORMS,
+                )
+            )
+        return chosen
+    if isinstance(explain, str | re.Pattern):
+        return _overlapping(find_span(explain, text), units, text)
+    if isinstance(explain, int | np.integer) and not isinstance(explain, bool):
+        position = whole_number(
+            "explain",
+            explain,
+            minimum=-count,
+            stop=count,
+            remedy=f"There are {count} generated units.",
+        )
+        return (position % count,)
+    raise TypeError(
+        complaint("explain", "must name generated units", f"{shown(explain)} came", _FORMS)
+    )
+
+
+def find_span(explain: str | re.Pattern[str], text: str) -> Span:
+    """Character range of the last occurrence of a text or pattern.
+
+    Raises:
+        ValueError: if it does not occur, or is empty.
+    """
+    if isinstance(explain, re.Pattern):
+        what = f"the pattern {explain.pattern!r}"
+        matches = list(explain.finditer(text))
+        span = matches[-1].span() if matches else None
+    else:
+        what = f"the text {explain!r}"
+        start = text.rfind(explain)
+        span = (start, start + len(explain)) if start >= 0 else None
+    if span is None:
+        reads = text if len(text) <= 80 else f"{text[:80]}..."
+        raise ValueError(
+            f"explain: {what} does not occur in the generated text. It reads: "
+            f"{reads!r}. {_FORMS}"
+        )
+    if not text[slice(*span)].strip():
+        raise ValueError(
+            complaint(
+                "explain",
+                f"{what} must stand for visible text",
+                "an empty stretch came",
+                _FORMS,
+            )
+        )
+    return span
+
+
+def _overlapping(span: Span, units: Sequence[Unit], text: str) -> tuple[int, ...]:
+    """Units that share a visible character with the range."""
+    chosen = []
+    for position, unit in enumerate(units):
+        if unit.span is not None:
+            start, stop = max(unit.span[0], span[0]), min(unit.span[1], span[1])
+            if start < stop and text[start:stop].strip():
+                chosen.append(position)
+    if not chosen:
+        raise ValueError(
+            complaint(
+                "explain",
+                f"the text {text[slice(*span)]!r} must share a unit",
+                "no generated unit covers it",
+                _FORMS,
+            )
+        )
+    return tuple(chosen)

@@ -1,0 +1,305 @@
+"""What a node of the graph is: tokens, words, sentences or spans, as groups of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from captum_cage.text import Span, TokenText, sentence_spans, shifted, word_spans
+
+__all__ = ["Granularity", "Segments", "Unit", "Units", "group_tokens", "split_units"]
+
+Segments: TypeAlias = Callable[[str], Iterable[Span]]
+Granularity: TypeAlias = str | Segments | Sequence[Span] | Mapping[str, object]
+
+NAMED: dict[str, Segments] = {"word": word_spans, "sentence": sentence_spans}
+FIXED = -1  # group of a token that is not attributed
+_SIDES = ("source", "generated")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A node of the graph.
+
+    Attributes:
+        text (str): readable text.
+        generated (bool): whether the model wrote it.
+        span (tuple[int, int] or None): character range in the source text or in the
+            generated text; None for a source that is no range of the text, such as a
+            part of an image.
+        special (bool): whether it is a special token, such as the end of a turn.
+    """
+
+    text: str
+    generated: bool
+    span: Span | None
+    special: bool = False
+
+
+@dataclass(frozen=True)
+class Units:
+    """The units of one side, source or generated, and the tokens they are made of.
+
+    Attributes:
+        units (tuple[Unit, ...]): in reading order.
+        groups (numpy.ndarray): unit of each token (or of each feature of an input that
+            is not made of tokens), int64; -1 for what is not attributed.
+    """
+
+    units: tuple[Unit, ...]
+    groups: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def members(self, unit: int) -> npt.NDArray[np.intp]:
+        """Positions of the tokens of a unit, ascending."""
+        return np.flatnonzero(self.groups == unit)
+
+
+def split_units(units: Granularity) -> dict[str, str | Segments | list[Span] | None]:
+    """The granularity of each side, checked.
+
+    Args:
+        units: ``"token"``, ``"word"``, ``"sentence"``, a function from text to
+            character ranges, character ranges in the whole text, or a mapping with one
+            of these for ``"source"`` and for ``"generated"`` (ranges then count within
+            that side's text).
+
+    Returns:
+        dict: one entry for ``"source"``, ``"generated"`` and ``"both"``. Ranges in the
+        whole text stand under ``"both"``; None elsewhere.
+
+    Raises:
+        TypeError: if ``units`` is nothing of the above.
+        ValueError: if a name or a side is unknown, or ranges overlap or are empty.
+    """
+    if isinstance(units, Mapping):
+        unknown = [side for side in units if side not in _SIDES]
+        if unknown or not units:
+            raise ValueError(
+                f"units: a mapping must have the keys 'source' and 'generated', not "
+                f"{list(units)}. Pass one granularity for each."
+            )
+        sides = {side: _checked(units.get(side, "token"), side) for side in _SIDES}
+        return {**sides, "both": None}
+    checked = _checked(units, "units")
+    if isinstance(checked, list):
+        return {"source": None, "generated": None, "both": checked}
+    return {"source": checked, "generated": checked, "both": None}
+
+
+def _checked(units: object, side: str) -> str | Segments | list[Span]:
+    where = "units" if side == "units" else f"units[{side!r}]"
+    if isinstance(units, str):
+        if units != "token" and units not in NAMED:
+            names = ", ".join(repr(name) for name in ("token", *NAMED))
+            raise ValueError(
+                f"{where}: must be one of {names}, not {units!r}. For other units pass "
+                "a function from a text to character ranges, or the ranges themselves."
+            )
+        return units
+    if callable(units):
+        return units
+    if isinstance(units, Iterable):
+        return _ranges(units, where)
+    raise TypeError(
+        f"{where}: must be a name, a function from a text to character ranges, or "
+        f"character ranges, not {type(units).__name__}. Pass 'token', 'word' or "
+        "'sentence' if in doubt."
+    )
+
+
+def _ranges(found: Iterable[object], where: str) -> list[Span]:
+    """Character ranges, checked and sorted."""
+    spans: list[Span] = []
+    for item in found:
+        try:
+            start, stop = (int(end) for end in item)  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"{where}: a range must be a pair (start, stop) of characters, not "
+                f"{item!r}. Pass pairs of integers."
+            ) from None
+        if not 0 <= start < stop:
+            raise ValueError(
+                f"{where}: the range ({start}, {stop}) is empty or begins before the "
+                "text. Pass ranges with 0 <= start < stop."
+            )
+        spans.append((start, stop))
+    spans.sort()
+    for (_, end), (start, stop) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise ValueError(
+                f"{where}: the range ({start}, {stop}) begins before the one ahead of "
+                f"it ends, at {end}. Pass ranges that do not overlap."
+            )
+    return spans
+
+
+def group_tokens(
+    tokens: TokenText,
+    units: str | Segments | Sequence[Span],
+    *,
+    generated: bool,
+    attributed: npt.NDArray[np.bool_] | None = None,
+    special: npt.NDArray[np.bool_] | None = None,
+    breaks: Sequence[int] = (),
+) -> Units:
+    """Group the tokens of a text into units.
+
+    A token belongs to the range in which its first visible character lies. Tokens of
+    white space go with the token before. Special tokens are units of their own, and
+    text that no range covers makes units of its own, so that nothing is lost. Ranges
+    that you give may cover special tokens.
+
+    Args:
+        tokens (TokenText): the text and the range of each token.
+        units: a granularity; a function is called once for each stretch of text
+            between special tokens and breaks.
+        generated (bool): whether the model wrote this text.
+        attributed (numpy.ndarray, optional): which tokens are attributed, bool.
+            Default: all
+        special (numpy.ndarray, optional): which tokens are special, bool.
+            Default: none
+        breaks (Sequence[int], optional): characters at which a unit must end.
+            Default: ``()``
+
+    Returns:
+        Units: the units in reading order.
+
+    Raises:
+        ValueError: if a range lies outside the text or covers no token, or a function
+            returns ranges that overlap.
+    """
+    count = len(tokens)
+    if attributed is None:
+        attributed = np.ones(count, dtype=bool)
+    if special is None:
+        special = np.zeros(count, dtype=bool)
+    side = "generated" if generated else "source"
+    if units == "token":
+        return _token_units(tokens, attributed, special, generated)
+    given = not isinstance(units, str) and not callable(units)
+    if given:
+        spans = _ranges(units, "units")  # type: ignore[arg-type]
+        if spans and spans[-1][1] > len(tokens.text):
+            raise ValueError(
+                f"units: the range {spans[-1]} ends after the {side} text, which has "
+                f"{len(tokens.text)} characters. Pass ranges within the text."
+            )
+        special = np.zeros(count, dtype=bool)
+    else:
+        segment = NAMED[units] if isinstance(units, str) else units
+        spans = _segmented(tokens, segment, special, breaks)  # type: ignore[arg-type]
+
+    keys = _keys(tokens, spans, special)
+    if given:
+        covered = {key for key in keys if key >= 0}
+        missed = [span for i, span in enumerate(spans) if i not in covered]
+        if missed:
+            text = tokens.text[slice(*missed[0])]
+            raise ValueError(
+                f"units: the range {missed[0]}, {text!r}, covers no whole token of the "
+                f"{side} text. Widen it to where a token begins."
+            )
+    return _numbered(tokens, keys, attributed, special, generated)
+
+
+def _token_units(
+    tokens: TokenText,
+    attributed: npt.NDArray[np.bool_],
+    special: npt.NDArray[np.bool_],
+    generated: bool,
+) -> Units:
+    groups = np.where(attributed, np.cumsum(attributed) - 1, FIXED).astype(np.int64)
+    labels = tokens.labels()
+    units = tuple(
+        Unit(labels[i], generated, tokens.offsets[i], bool(special[i]))
+        for i in np.flatnonzero(attributed)
+    )
+    return Units(units, groups)
+
+
+def _segmented(
+    tokens: TokenText,
+    segment: Segments,
+    special: npt.NDArray[np.bool_],
+    breaks: Sequence[int],
+) -> list[Span]:
+    """Ranges that the function finds between special tokens and breaks."""
+    cuts = {0, len(tokens.text), *breaks}
+    for i in np.flatnonzero(special):
+        cuts.update(tokens.offsets[i])
+    ends = sorted(cut for cut in cuts if 0 <= cut <= len(tokens.text))
+    spans: list[Span] = []
+    for start, stop in zip(ends, ends[1:], strict=False):
+        found = segment(tokens.text[start:stop])
+        spans.extend(shifted(_ranges(found, "units"), start))
+    return spans
+
+
+def _keys(
+    tokens: TokenText, spans: Sequence[Span], special: npt.NDArray[np.bool_]
+) -> list[int]:
+    """Range of each token; below zero, a stretch that no range covers.
+
+    A token without a visible character goes with the token before, or else with the
+    one after, unless that is a special token.
+    """
+    count = len(tokens)
+    keys: list[int | None] = [None] * count
+    current = 0
+    stretch = -1
+    for i, (start, stop) in enumerate(tokens.offsets):
+        shown = tokens.text[start:stop]
+        visible = stop - len(shown.lstrip())
+        if special[i]:
+            keys[i] = stretch - 1
+            stretch -= 2
+        elif visible < stop:
+            while current < len(spans) and spans[current][1] <= visible:
+                current += 1
+                stretch -= 1
+            inside = current < len(spans) and spans[current][0] <= visible
+            keys[i] = current if inside else stretch
+    for i in range(1, count):
+        if keys[i] is None and not special[i - 1]:
+            keys[i] = keys[i - 1]
+    for i in reversed(range(count)):
+        if keys[i] is None and i + 1 < count and not special[i + 1]:
+            keys[i] = keys[i + 1]
+        elif keys[i] is None:
+            stretch -= 1
+            keys[i] = stretch
+    return [key for key in keys if key is not None]
+
+
+def _numbered(
+    tokens: TokenText,
+    keys: Sequence[int],
+    attributed: npt.NDArray[np.bool_],
+    special: npt.NDArray[np.bool_],
+    generated: bool,
+) -> Units:
+    """Units from keys, in order of first appearance."""
+    groups = np.full(len(keys), FIXED, dtype=np.int64)
+    order: dict[int, int] = {}
+    for i in np.flatnonzero(attributed):
+        groups[i] = order.setdefault(keys[i], len(order))
+    units = []
+    for number in range(len(order)):
+        members = np.flatnonzero(groups == number)
+        start = tokens.offsets[members[0]][0]
+        stop = max(tokens.offsets[i][1] for i in members)
+        text = tokens.text[start:stop]
+        if text.strip():
+            stop -= len(text) - len(text.rstrip())
+            start += len(text) - len(text.lstrip())
+        alone = bool(special[members[0]])
+        units.append(Unit(tokens.text[start:stop], generated, (start, stop), alone))
+    return Units(tuple(units), groups)

@@ -1,0 +1,806 @@
+"""AttributionGraph, against path enumeration, the authors' sum and plain loops."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import pickle
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.testing import assert_allclose, assert_array_equal
+
+from captum_cage.graph import AttributionGraph, Hops, Path
+
+EXACT = 1e-12
+NORMALIZATIONS = ("positive", "absolute", "signed")
+ENTRIES = st.just(0.0) | st.floats(-100, 100, allow_subnormal=False)
+
+
+@st.composite
+def raw_graphs(draw, entries=ENTRIES, max_units=8):
+    """Raw rows, a mask of sources (anywhere) and a normalisation."""
+    sources = draw(arrays(np.bool_, st.integers(0, max_units)))
+    generated = np.flatnonzero(~sources)
+    shape = (generated.size, sources.size)
+    rows = draw(arrays(np.float64, shape, elements=entries))
+    rows[np.arange(sources.size) >= generated[:, None]] = 0.0
+    return rows, sources, draw(st.sampled_from(NORMALIZATIONS))
+
+
+@st.composite
+def weighted_graphs(draw):
+    """A graph and weights that it takes."""
+    graph = AttributionGraph.from_rows(*draw(raw_graphs()))
+    lowest = -1.0 if graph.normalization == "signed" else 0.0
+    weight = st.just(0.0) | st.floats(lowest, 1, allow_subnormal=False)
+    return graph, draw(arrays(np.float64, graph.n_generated, elements=weight))
+
+
+def slow_matrix(rows, sources, normalization):
+    """The graph, entry by entry."""
+    n_units = len(sources)
+    matrix = np.zeros((n_units, n_units))
+    remaining = iter(rows)
+    for unit in range(n_units):
+        if sources[unit]:
+            matrix[unit, unit] = 1.0
+            continue
+        row = [float(entry) for entry in next(remaining)]
+        if normalization == "positive":
+            row = [max(entry, 0.0) for entry in row]
+        elif normalization == "absolute":
+            row = [abs(entry) for entry in row]
+        total = math.fsum(abs(entry) for entry in row)
+        for other, entry in enumerate(row):
+            if total > 0:
+                matrix[unit, other] = entry / total
+    return matrix
+
+
+def enumerated_paths(graph, weights):
+    """All paths from weighted units to sources, with weights that are not zero."""
+    matrix = graph.matrix.toarray()
+    starts = dict(zip(np.flatnonzero(~graph.sources).tolist(), weights, strict=True))
+    found = []
+    for length in range(2, graph.n_units + 1):
+        for rising in itertools.combinations(range(graph.n_units), length):
+            path = rising[::-1]
+            if graph.sources[path[-1]] and not graph.sources[list(path[:-1])].any():
+                steps = itertools.pairwise(path)
+                weight = starts[path[0]] * math.prod(matrix[step] for step in steps)
+                found.append(Path(path, float(weight)))
+    return [path for path in found if path.weight != 0]
+
+
+def summed(graph, paths):
+    """Mass of paths per source, shape (P,)."""
+    mass = dict.fromkeys(np.flatnonzero(graph.sources).tolist(), 0.0)
+    for path in paths:
+        mass[path.units[-1]] += path.weight
+    return np.array(list(mass.values()))
+
+
+def backward_sum(graph, unit):
+    """The CAGE authors' marginalisation of one row: ``r += r[k] * row_k``."""
+    matrix = graph.matrix.toarray()
+    row = matrix[unit].copy()
+    for other in range(unit - 1, -1, -1):
+        if not graph.sources[other]:
+            share, row[other] = row[other], 0.0
+            row += share * matrix[other]
+    return row[graph.sources]
+
+
+@given(raw_graphs())
+def test_matrix_equals_the_definition(raw):
+    """Rows are normalised as defined, sources are unit vectors, the matrix is CSR."""
+    graph = AttributionGraph.from_rows(*raw)
+    assert isinstance(graph.matrix, sp.csr_array)
+    assert graph.matrix.dtype == np.float64
+    assert_allclose(graph.matrix.toarray(), slow_matrix(*raw), rtol=0, atol=EXACT)
+    assert_array_equal(np.triu(graph.matrix.toarray(), 1), 0.0)
+    assert graph.matrix.nnz == np.count_nonzero(graph.matrix.toarray())
+
+
+@given(raw_graphs())
+def test_rows_sum_to_one_or_leak(raw):
+    """In absolute values a row sums to one, or to zero where ``leak`` is exactly 1."""
+    graph = AttributionGraph.from_rows(*raw)
+    total = np.abs(graph.matrix.toarray()).sum(axis=1)[~graph.sources]
+    assert_allclose(total, 1.0 - graph.leak, rtol=0, atol=EXACT)
+    assert set(graph.leak.tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("normalization", "expected", "leak"),
+    [
+        ("positive", [[0.75, 0.25, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]], [0.0, 1.0]),
+        ("absolute", [[0.75, 0.25, 0.0, 0.0], [0.25, 0.25, 0.5, 0.0]], [0.0, 0.0]),
+        ("signed", [[0.75, 0.25, 0.0, 0.0], [-0.25, -0.25, -0.5, 0.0]], [0.0, 0.0]),
+    ],
+)
+def test_each_normalization_has_its_rows(normalization, expected, leak):
+    """Clamped, absolute and signed rows of the same raw rows, by hand."""
+    rows = [[3, 1, 0, 0], [-1, -1, -2, 0]]
+    graph = AttributionGraph.from_rows(rows, 2, normalization)
+    assert graph.matrix.toarray()[2:].tolist() == expected
+    assert graph.leak.tolist() == leak
+
+
+def test_positive_is_the_default():
+    """Without a word about it, negative entries are clamped."""
+    graph = AttributionGraph.from_rows([[1, -1, 0]], 2)
+    assert graph.normalization == "positive"
+    assert graph.matrix.toarray()[2].tolist() == [1.0, 0.0, 0.0]
+
+
+@given(raw_graphs())
+def test_properties_describe_the_units(raw):
+    """Counts and indices of units follow from the mask."""
+    rows, sources, _ = raw
+    graph = AttributionGraph.from_rows(*raw)
+    assert (graph.n_generated, graph.n_units) == rows.shape
+    assert graph.n_sources == graph.n_units - graph.n_generated == sources.sum()
+    assert graph.source_units.tolist() == [i for i, s in enumerate(sources) if s]
+    assert graph.generated_units.tolist() == [i for i, s in enumerate(sources) if not s]
+    assert_array_equal(graph.sources, sources)
+    assert_array_equal(graph.rows, rows)
+
+
+@given(raw_graphs())
+def test_blocks_are_the_columns_of_the_matrix(raw):
+    """``A`` holds the columns of sources, ``L`` those of generated units."""
+    graph = AttributionGraph.from_rows(*raw)
+    matrix = graph.matrix.toarray()
+    to_sources, to_generated = graph.blocks()
+    assert_array_equal(to_sources.toarray(), matrix[~graph.sources][:, graph.sources])
+    assert_array_equal(
+        to_generated.toarray(), matrix[~graph.sources][:, ~graph.sources]
+    )
+    assert isinstance(to_sources, sp.csr_array)
+    assert isinstance(to_generated, sp.csr_array)
+
+
+@given(st.integers(0, 5), st.integers(0, 4), st.sampled_from(NORMALIZATIONS))
+def test_a_number_of_sources_is_a_mask(n_sources, n_generated, normalization):
+    """``sources=P`` says that the first ``P`` units are sources."""
+    n_units = n_sources + n_generated
+    rows = np.tril(np.ones((n_generated, n_units)), n_sources - 1)
+    by_number = AttributionGraph.from_rows(rows, np.int64(n_sources), normalization)
+    mask = [unit < n_sources for unit in range(n_units)]
+    by_mask = AttributionGraph.from_rows(rows, mask, normalization)
+    assert by_number.sources.tolist() == mask
+    assert_array_equal(by_number.matrix.toarray(), by_mask.matrix.toarray())
+
+
+@given(weighted_graphs())
+def test_explain_equals_path_enumeration(given_graph):
+    """The mass per source is the sum over all paths, signed ones included."""
+    graph, weights = given_graph
+    expected = summed(graph, enumerated_paths(graph, weights))
+    assert_allclose(graph.explain(weights), expected, rtol=0, atol=EXACT)
+
+
+@given(weighted_graphs())
+def test_marginals_equal_path_enumeration_and_explain(given_graph):
+    """Row ``t`` of the marginals enumerates paths from ``t``; ``explain`` adds up."""
+    graph, weights = given_graph
+    marginals = graph.marginals()
+    assert marginals.shape == (graph.n_generated, graph.n_sources)
+    for number, unit_weights in enumerate(np.eye(graph.n_generated)):
+        expected = summed(graph, enumerated_paths(graph, unit_weights))
+        assert_allclose(marginals[number], expected, rtol=0, atol=EXACT)
+    assert_allclose(graph.explain(weights), weights @ marginals, rtol=0, atol=EXACT)
+
+
+@given(raw_graphs())
+def test_marginals_equal_the_authors_backward_sum(raw):
+    """Each row is what the CAGE code computes by walking backwards."""
+    graph = AttributionGraph.from_rows(*raw)
+    marginals = graph.marginals()
+    for number, unit in enumerate(graph.generated_units):
+        expected = backward_sum(graph, unit)
+        assert_allclose(marginals[number], expected, rtol=0, atol=EXACT)
+
+
+@given(weighted_graphs())
+def test_mass_is_conserved(given_graph):
+    """What reaches the sources and what leaks is what was put in."""
+    graph, weights = given_graph
+    assume(graph.normalization != "signed")
+    attr = graph.explain(weights)
+    assert (attr >= 0).all()
+    assert attr.sum() + graph.leaked(weights) == pytest.approx(weights.sum(), abs=EXACT)
+
+
+@pytest.mark.parametrize("fill", [0.02, 1.0])
+def test_mass_is_conserved_in_a_large_graph(fill):
+    """600 units with leaking rows conserve mass to 1e-12, sparse and dense."""
+    random = np.random.default_rng(1)
+    rows = np.tril(random.normal(size=(400, 600)), 199)
+    rows *= random.random(rows.shape) < fill
+    rows[::50] = -np.abs(rows[::50])
+    graph = AttributionGraph.from_rows(rows, 200)
+    weights = random.random(400)
+    attr, leaked = graph.explain(weights), graph.leaked(weights)
+    assert leaked > 0
+    total = weights.sum()
+    assert (attr.sum() + leaked) / total == pytest.approx(1.0, abs=EXACT)
+    assert_allclose(weights @ graph.marginals(), attr, rtol=0, atol=1e-10)
+
+
+@given(weighted_graphs())
+def test_throughput_is_the_mass_of_paths_that_reach_a_unit(given_graph):
+    """``y[t]`` is the weight of all path heads that end in unit ``t``."""
+    graph, weights = given_graph
+    matrix = graph.matrix.toarray()[np.ix_(~graph.sources, ~graph.sources)]
+    expected = weights.copy()
+    for unit in range(graph.n_generated - 1, -1, -1):
+        for later in range(unit + 1, graph.n_generated):
+            expected[unit] += expected[later] * matrix[later, unit]
+    assert_allclose(graph.throughput(weights), expected, rtol=0, atol=EXACT)
+    leaked = sum(graph.throughput(weights) * graph.leak)
+    assert graph.leaked(weights) == pytest.approx(leaked, abs=EXACT)
+
+
+def test_a_leaking_row_swallows_what_reaches_it():
+    """Mass on a row with nothing positive in it is reported, not hidden."""
+    graph = AttributionGraph.from_rows([[-1, 0, 0], [1, 3, 0]], 1)
+    assert graph.leak.tolist() == [1.0, 0.0]
+    assert graph.explain([0, 1]).tolist() == [0.25]
+    assert graph.leaked([0, 1]) == 0.75
+    assert graph.leaked([2, 0]) == 2.0
+
+
+@given(weighted_graphs(), st.integers(0, 8))
+def test_hops_enumerate_the_short_paths(given_graph, k):
+    """``hops`` sums the paths with at most ``k`` generated units below the first."""
+    graph, weights = given_graph
+    paths = enumerated_paths(graph, weights)
+    short = [path for path in paths if len(path.units) - 2 <= k]
+    hops = graph.hops(weights, k)
+    assert_allclose(hops.attr, summed(graph, short), rtol=0, atol=EXACT)
+
+
+@given(weighted_graphs(), st.integers(0, 8))
+def test_hops_account_for_all_mass(given_graph, k):
+    """Attribution, leak so far and unresolved mass add up to the weights."""
+    graph, weights = given_graph
+    assume(graph.normalization != "signed")
+    attr, unresolved = graph.hops(weights, k)
+    total = attr.sum() + graph.leaked(weights, hops=k) + unresolved
+    assert total == pytest.approx(weights.sum(), abs=EXACT)
+
+
+@given(weighted_graphs(), st.integers(0, 8))
+def test_unresolved_bounds_the_error_of_hops(given_graph, k):
+    """The full answer is within ``unresolved``; nowhere below unless signed."""
+    graph, weights = given_graph
+    attr, unresolved = graph.hops(weights, k)
+    error = graph.explain(weights) - attr
+    assert np.abs(error).sum() <= unresolved + EXACT
+    if graph.normalization != "signed":
+        assert (error >= -EXACT).all()
+
+
+@given(weighted_graphs())
+def test_hops_end_in_explain(given_graph):
+    """After ``G`` passes nothing is unresolved, and the series is the full answer."""
+    graph, weights = given_graph
+    hops = graph.hops(weights, graph.n_generated)
+    assert isinstance(hops, Hops)
+    assert hops.unresolved == 0.0
+    assert_allclose(hops.attr, graph.explain(weights), rtol=0, atol=EXACT)
+    assert graph.leaked(weights, hops=graph.n_generated) == pytest.approx(
+        graph.leaked(weights), abs=EXACT
+    )
+
+
+def test_zero_hops_are_the_direct_rows():
+    """``k=0`` multiplies the weights with ``A`` and leaves the rest open."""
+    graph = AttributionGraph.from_rows([[1, 1, 0, 0], [0, 1, 3, 0]], 2)
+    attr, unresolved = graph.hops([1, 2], 0)
+    assert attr.tolist() == [0.5, 1.0]
+    assert unresolved == 1.5
+    signed = AttributionGraph.from_rows([[-1, 0, 0], [0, -3, 0]], 1, "signed")
+    assert signed.hops([0, 1], 0).unresolved == 1.0
+
+
+@settings(max_examples=200)
+@given(weighted_graphs(), st.none() | st.integers(0, 7), st.integers(0, 40))
+def test_best_paths_are_the_heaviest_of_all(given_graph, source, k):
+    """The ``k`` best are the first of all paths sorted by absolute weight."""
+    graph, weights = given_graph
+    assume(source is None or source < graph.n_sources)
+    every = {path.units: path.weight for path in enumerated_paths(graph, weights)}
+    if source is not None:
+        end = graph.source_units[source]
+        every = {units: w for units, w in every.items() if units[-1] == end}
+    found = graph.best_paths(weights, source, k)
+    assert len(found) == len({path.units for path in found}) == min(k, len(every))
+    heaviest = sorted((abs(weight) for weight in every.values()), reverse=True)[:k]
+    assert_allclose([abs(path.weight) for path in found], heaviest, rtol=EXACT)
+    for path in found:
+        assert path.weight == pytest.approx(every[path.units], rel=EXACT)
+
+
+def test_best_paths_name_units_from_the_explained_one_to_the_source():
+    """Units are counted among all units, a source among the sources."""
+    rows = [[1, 0, 0, 0], [1, 1, 2, 0]]
+    graph = AttributionGraph.from_rows(rows, [True, False, True, False])
+    assert graph.best_paths([0, 2], 1, 5) == [Path((3, 2), 1.0)]
+    assert graph.best_paths([0, 2], 0, 5) == [Path((3, 0), 0.5), Path((3, 1, 0), 0.5)]
+    assert [path.units[-1] for path in graph.best_paths([0, 2], None, 1)] == [2]
+
+
+def test_signed_paths_keep_their_sign():
+    """A path through two negative edges is positive, through one negative."""
+    graph = AttributionGraph.from_rows([[-1, 0, 0], [1, -3, 0]], 1, "signed")
+    assert graph.best_paths([0, 1], None, 9) == [
+        Path((2, 1, 0), 0.75),
+        Path((2, 0), 0.25),
+    ]
+    assert graph.best_paths([1, 0], 0, 9) == [Path((1, 0), -1.0)]
+
+
+@st.composite
+def grouped_graphs(draw):
+    """Raw rows and a group label for each unit."""
+    rows, sources, normalization = draw(raw_graphs())
+    labels = np.empty(sources.size, dtype=int)
+    n_sources = int(sources.sum())
+    labels[sources] = draw(
+        st.lists(st.integers(0, 3), min_size=n_sources, max_size=n_sources)
+    )
+    steps = draw(arrays(np.bool_, sources.size - n_sources))
+    # Rising labels for generated units: their groups do not interleave.
+    labels[~sources] = -7 + np.cumsum(steps) * 1000
+    labels[~sources & (labels == 0)] = -1
+    assume(not set(labels[sources]) & set(labels[~sources]))
+    return rows, sources, normalization, labels.tolist()
+
+
+def slow_coarse(rows, sources, labels):
+    """Coarse raw rows and mask, by loops over pairs of groups."""
+    groups = {}
+    for unit, label in enumerate(labels):
+        groups.setdefault(label, []).append(unit)
+    members = sorted(groups.values(), key=min)
+    mask = [bool(sources[group[0]]) for group in members]
+    row_of = {unit: row for row, unit in enumerate(np.flatnonzero(~sources).tolist())}
+    coarse = []
+    for place, group in enumerate(members):
+        if mask[place]:
+            continue
+        row = [0.0] * len(members)
+        for other in range(place):
+            for unit in group:
+                for column in members[other]:
+                    row[other] += rows[row_of[unit]][column]
+        coarse.append(row)
+    return np.array(coarse).reshape(len(coarse), len(members)), np.array(mask, bool)
+
+
+@given(grouped_graphs(), st.booleans())
+def test_coarsen_equals_loops_over_groups(grouped, sparse):
+    """Sum raw rows and columns, drop what is inside or later, and normalise again."""
+    rows, sources, normalization, labels = grouped
+    given_rows = sp.csr_array(rows) if sparse else rows
+    graph = AttributionGraph.from_rows(given_rows, sources, normalization)
+    coarse = graph.coarsen(labels)
+    expected, mask = slow_coarse(rows, sources, labels)
+    assert_array_equal(coarse.sources, mask)
+    assert sp.issparse(coarse.rows) == sparse
+    found = coarse.rows.toarray() if sparse else coarse.rows
+    assert_allclose(found, expected, rtol=0, atol=1e-10)
+    assert coarse.normalization == normalization
+    again = AttributionGraph.from_rows(found, mask, normalization)
+    assert_allclose(coarse.matrix.toarray(), again.matrix.toarray(), rtol=0, atol=EXACT)
+
+
+@given(grouped_graphs(), st.randoms())
+def test_coarsen_takes_labels_or_members(grouped, random):
+    """Labels of units and lists of members in any order give the same graph."""
+    rows, sources, normalization, labels = grouped
+    graph = AttributionGraph.from_rows(rows, sources, normalization)
+    members = {}
+    for unit, label in enumerate(labels):
+        members.setdefault(label, []).append(unit)
+    listed = list(members.values())
+    for group in listed:
+        random.shuffle(group)
+    random.shuffle(listed)
+    by_label, by_members = graph.coarsen(np.array(labels)), graph.coarsen(listed)
+    assert_array_equal(by_label.rows, by_members.rows)
+    assert_array_equal(by_label.sources, by_members.sources)
+
+
+def test_coarsen_normalises_after_summing():
+    """Grouping and normalising do not commute: a large row outweighs a small one."""
+    rows = [[9, 0, 0, 0], [0, 1, 0, 0]]
+    coarse = AttributionGraph.from_rows(rows, 2).coarsen([0, 1, 2, 2])
+    assert coarse.explain([1]).tolist() == [0.9, 0.1]
+
+
+def test_coarsen_lets_negative_entries_cancel_before_clamping():
+    """Raw rows are summed with their signs, then clamped."""
+    rows = [[3, 1, 0, 0], [-2, 1, 0, 0]]
+    coarse = AttributionGraph.from_rows(rows, 2).coarsen([[0], [1], [2, 3]])
+    assert coarse.rows.tolist() == [[1.0, 2.0, 0.0]]
+
+
+def test_coarsen_drops_a_group_of_sources_that_stands_later():
+    """A generated group never depends on a group that begins after it."""
+    rows = [[1, 0, 0, 0], [1, 5, 3, 0]]
+    graph = AttributionGraph.from_rows(rows, [True, False, True, False])
+    coarse = graph.coarsen([0, 1, 2, 1])
+    assert coarse.sources.tolist() == [True, False, True]
+    assert coarse.rows.tolist() == [[2.0, 0.0, 0.0]]
+
+
+def test_coarsen_into_single_units_is_the_same_graph():
+    """Every unit in a group of its own changes nothing."""
+    rows = [[1, -1, 0, 0], [0, 1, 3, 0]]
+    graph = AttributionGraph.from_rows(rows, 2, "signed")
+    coarse = graph.coarsen(range(4))
+    assert_array_equal(coarse.rows, graph.rows)
+    assert_array_equal(coarse.matrix.toarray(), graph.matrix.toarray())
+
+
+ANY_FLOAT = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(raw_graphs(entries=ANY_FLOAT, max_units=5))
+def test_huge_and_tiny_entries_are_normalised(raw):
+    """No finite entry, however large or small, makes a NaN, an infinity or a leak."""
+    rows, _, normalization = raw
+    with np.errstate(all="raise", under="ignore"):
+        graph = AttributionGraph.from_rows(*raw)
+    has_mass = (rows > 0 if normalization == "positive" else rows != 0).any(axis=1)
+    assert_array_equal(graph.leak, np.where(has_mass, 0.0, 1.0))
+    total = np.abs(graph.matrix.toarray()).sum(axis=1)[~graph.sources]
+    assert_allclose(total, has_mass.astype(float), rtol=0, atol=EXACT)
+    assert np.isfinite(graph.marginals()).all()
+
+
+def test_entries_at_the_ends_of_the_float_range_share_rightly():
+    """Halves of a row stay halves at 1e308 and at the smallest float."""
+    for value in (1e308, 5e-324):
+        graph = AttributionGraph.from_rows([[value, value, 0]], 2)
+        assert graph.explain([1]).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("form", ["csr", "csc", "coo", "lil", "dok"])
+@pytest.mark.parametrize("kind", ["array", "matrix"])
+def test_sparse_rows_of_any_form_are_kept_as_csr(form, kind):
+    """Sparse rows give the dense rows' graph and stay sparse, zeros left out."""
+    rows = np.array([[1, -2, 0, 0], [0, 1, 3, 0]])
+    sparse = getattr(sp, f"{form}_{kind}")(rows)
+    graph = AttributionGraph.from_rows(sparse, 2, "signed")
+    dense = AttributionGraph.from_rows(rows, 2, "signed")
+    assert isinstance(graph.rows, sp.csr_array)
+    assert graph.rows.dtype == np.float64
+    assert graph.rows.nnz == 4
+    assert_array_equal(graph.rows.toarray(), rows)
+    assert_array_equal(graph.matrix.toarray(), dense.matrix.toarray())
+
+
+def test_sparse_rows_with_duplicates_zeros_and_long_indices():
+    """Duplicates are summed, explicit zeros dropped, 64-bit indices solved."""
+    data = np.array([1.0, 2.0, 0.0, 1.0])
+    columns = np.array([1, 1, 3, 0], dtype=np.int64)
+    ends = np.array([0, 4], dtype=np.int64)
+    sparse = sp.csr_array((data, columns, ends), shape=(1, 4))
+    graph = AttributionGraph.from_rows(sparse, 3)
+    assert graph.rows.toarray().tolist() == [[1.0, 3.0, 0.0, 0.0]]
+    assert graph.rows.nnz == 2
+    assert graph.explain([1]).tolist() == [0.25, 0.75, 0.0]
+    assert sparse.nnz == 4
+    assert graph.matrix.indices.dtype == np.int32
+
+
+def test_a_graph_is_frozen():
+    """Fields cannot be set and arrays cannot be written."""
+    graph = AttributionGraph.from_rows([[1, 1, 0, 0], [0, 1, 3, 0]], 2)
+    with pytest.raises(dataclasses.FrozenInstanceError, match="rows"):
+        graph.rows = np.ones((1, 1))
+    to_sources, to_generated = graph.blocks()
+    for array in (
+        graph.rows,
+        graph.sources,
+        graph.leak,
+        graph.source_units,
+        graph.generated_units,
+        graph.matrix.data,
+        graph.matrix.indices,
+        graph.matrix.indptr,
+        to_sources.data,
+        to_generated.data,
+    ):
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+
+
+@pytest.mark.parametrize("make", [np.array, sp.csr_array])
+def test_the_callers_arrays_stay_the_callers(make):
+    """What was passed is neither changed, nor locked, nor seen by the graph later."""
+    given_rows = make(np.array([[3.0, -1.0, 0.0]]))
+    sources = np.array([True, True, False])
+    weights = np.array([1.0])
+    graph = AttributionGraph.from_rows(given_rows, sources, "signed")
+    graph.explain(weights)
+    graph.hops(weights, 1)
+    dense = given_rows.toarray() if sp.issparse(given_rows) else given_rows
+    assert dense.tolist() == [[3.0, -1.0, 0.0]]
+    assert weights.tolist() == [1.0]
+    (given_rows.data if sp.issparse(given_rows) else given_rows)[...] = 7.0
+    sources[:] = False
+    weights[:] = 0.0
+    assert graph.explain([1]).tolist() == [0.75, -0.25]
+    assert graph.sources.tolist() == [True, True, False]
+
+
+def test_answers_belong_to_the_caller():
+    """Writing into an answer does not change the next one."""
+    graph = AttributionGraph.from_rows([[1, 1, 0]], 2)
+    for answer in (graph.marginals, lambda: graph.explain([1])):
+        answer()[...] = 7.0
+        assert answer().ravel().tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("make", [np.array, sp.csr_array])
+def test_rows_sources_and_normalization_make_the_same_graph_again(make):
+    """These three are all there is to save; a pickled copy is read-only too."""
+    rows = make(np.array([[1.0, 2.0, 0, 0], [-1.0, 1.0, 4.0, 0]]))
+    graph = AttributionGraph.from_rows(rows, 2, "signed")
+    again = AttributionGraph(graph.rows, graph.sources, graph.normalization)
+    copied = pickle.loads(pickle.dumps(graph))
+    for other in (again, copied, dataclasses.replace(graph)):
+        assert_array_equal(other.matrix.toarray(), graph.matrix.toarray())
+        assert not other.matrix.data.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("rows", "sources", "shape"),
+    [
+        (np.zeros((0, 3)), 3, (0, 3)),
+        (np.zeros((0, 0)), 0, (0, 0)),
+        (np.zeros((0, 0)), [], (0, 0)),
+        (np.zeros((2, 2)), 0, (2, 0)),
+        (np.zeros((1, 3)), 2, (1, 2)),
+    ],
+)
+def test_graphs_without_sources_or_rows_answer(rows, sources, shape):
+    """The smallest graphs give empty answers, not errors."""
+    graph = AttributionGraph.from_rows(rows, sources)
+    weights = np.ones(shape[0])
+    assert graph.marginals().shape == shape
+    assert graph.explain(weights).shape == shape[1:]
+    assert graph.leaked(weights) == shape[0]
+    assert graph.hops(weights, 0).attr.shape == shape[1:]
+    assert graph.best_paths(weights, None, 3) == []
+    assert graph.coarsen(range(sum(shape))).marginals().shape == shape
+
+
+def test_repr_is_one_short_line():
+    """The sizes and the normalisation, not the numbers."""
+    graph = AttributionGraph.from_rows([[1, 1, 0]], 2, "absolute")
+    assert (
+        repr(graph)
+        == "AttributionGraph(n_sources=2, n_generated=1, normalization='absolute')"
+    )
+
+
+ROWS = np.array([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0]])
+
+
+def with_entry(row, unit, value):
+    """``ROWS`` with one entry changed."""
+    rows = ROWS.copy()
+    rows[row, unit] = value
+    return rows
+
+
+@pytest.mark.parametrize("make", [np.array, sp.coo_array])
+@pytest.mark.parametrize(
+    ("row", "unit", "value", "message"),
+    [
+        (1, 2, np.nan, r"rows: .*finite, but row 1 \(unit 3\) has a NaN at unit 2\. "),
+        (0, 1, np.inf, r"rows: .*finite, but row 0 \(unit 2\) has inf at unit 1\. "),
+        (0, 3, -np.inf, r"rows: .*finite, but row 0 \(unit 2\) has -inf at unit 3\. "),
+        (0, 2, 0.5, r"rows: must be causal.*row 0 \(unit 2\) has 0\.5 at unit 2\. "),
+        (0, 3, -2.0, r"rows: must be causal.*row 0 \(unit 2\) has -2\.0 at unit 3\. "),
+        (1, 3, 1.0, r"rows: must be causal.*row 1 \(unit 3\) has 1\.0 at unit 3\. "),
+    ],
+)
+def test_a_bad_entry_is_named(make, row, unit, value, message):
+    """The error names the row, its unit and the unit of the entry."""
+    with pytest.raises(ValueError, match=message):
+        AttributionGraph.from_rows(make(with_entry(row, unit, value)), 2)
+
+
+def test_units_are_named_by_position_where_sources_stand_between():
+    """With a mask, a row's unit is its position among all units."""
+    rows = [[1, 0, 0, 0], [1, 0, 0, 1]]
+    with pytest.raises(ValueError, match=r"row 1 \(unit 3\) has 1\.0 at unit 3"):
+        AttributionGraph.from_rows(rows, [True, False, True, False])
+
+
+@pytest.mark.parametrize(
+    ("rows", "sources", "error", "message"),
+    [
+        ([1.0, 2.0], 1, ValueError, r"rows: must have shape \(G, N\), but \(2,\) came"),
+        (np.ones((1, 1, 1)), 1, ValueError, r"rows: must have shape \(G, N\)"),
+        ([[1, 0], [1]], 1, TypeError, r"rows: must be real numbers in rows of equal"),
+        ([["a", "b"]], 1, TypeError, r"rows: must be real numbers, but values of type"),
+        (ROWS * 1j, 2, TypeError, r"rows: must be real.*complex128 came"),
+        (sp.csr_array(ROWS * 1j), 2, TypeError, r"rows: must be real.*complex128 came"),
+        (ROWS, 3, ValueError, r"sources: the 2 rows of 4 columns leave 2.*3 came"),
+        (ROWS, -1, ValueError, r"sources: must be 0 or more, but -1 came"),
+        (ROWS, True, TypeError, r"sources: must be a whole number or a boolean mask"),
+        (ROWS, None, TypeError, r"sources: must be a whole.*NoneType None came\. Pass"),
+        (ROWS, 2.0, TypeError, r"sources: must be a whole.*float 2\.0 came\. Pass"),
+        (ROWS, [0, 1], TypeError, r"sources: must be a whole.*list \[0, 1\] came"),
+        (
+            ROWS,
+            [True] * 3,
+            ValueError,
+            r"sources: a mask must have shape \(4,\).*\(3,\)",
+        ),
+        (
+            ROWS,
+            [True] * 3 + [False],
+            ValueError,
+            r"sources: the mask must be False for 2 units.*it is False for 1\. ",
+        ),
+    ],
+)
+def test_rows_and_sources_must_fit(rows, sources, error, message):
+    """Wrong shapes and types say what was expected and what to pass."""
+    with pytest.raises(error, match=message):
+        AttributionGraph.from_rows(rows, sources)
+
+
+@pytest.mark.parametrize("normalization", ["softmax", "Positive", None])
+def test_an_unknown_normalization_is_refused(normalization):
+    """The error lists the three that there are."""
+    message = r"normalization: must be one of 'positive', 'absolute', 'signed', but"
+    with pytest.raises(ValueError, match=message):
+        AttributionGraph.from_rows(ROWS, 2, normalization)
+
+
+QUESTIONS = {
+    "explain": lambda graph, weights: graph.explain(weights),
+    "throughput": lambda graph, weights: graph.throughput(weights),
+    "leaked": lambda graph, weights: graph.leaked(weights),
+    "hops": lambda graph, weights: graph.hops(weights, 1),
+    "best_paths": lambda graph, weights: graph.best_paths(weights, None, 1),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        ([1.0], ValueError, r"weights: must have shape \(2,\), but shape \(1,\) came"),
+        (1.0, ValueError, r"weights: must have shape \(2,\), but shape \(\) came"),
+        (
+            [0, np.nan],
+            ValueError,
+            r"weights: .*finite, but nan came at generated unit 1",
+        ),
+        (
+            [np.inf, 0],
+            ValueError,
+            r"weights: .*finite, but inf came at generated unit 0",
+        ),
+        (
+            [1, -0.5],
+            ValueError,
+            r"weights: no entry may be negative, but -0\.5.*Subtract",
+        ),
+        (["x", "y"], TypeError, r"weights: must be real numbers"),
+    ],
+)
+def test_bad_weights_are_refused(question, weights, error, message):
+    """Every question checks its weights in the same words."""
+    graph = AttributionGraph.from_rows(ROWS, 2)
+    with pytest.raises(error, match=message):
+        QUESTIONS[question](graph, weights)
+
+
+def test_negative_weights_are_for_signed_graphs():
+    """A signed graph takes a contrast of units: it is linear in the weights."""
+    graph = AttributionGraph.from_rows(ROWS, 2, "signed")
+    contrast = graph.explain([0, 1]) - graph.explain([1, 0])
+    assert_allclose(graph.explain([-1, 1]), contrast, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize(
+    ("ask", "error", "message"),
+    [
+        (
+            lambda g: g.hops([1, 1], -1),
+            ValueError,
+            r"k: must be 0 or more, but -1 came",
+        ),
+        (lambda g: g.hops([1, 1], 1.5), TypeError, r"k: must be a whole.*float 1\.5"),
+        (lambda g: g.hops([1, 1], True), TypeError, r"k: must be a whole number"),
+        (lambda g: g.leaked([1, 1], hops=-1), ValueError, r"hops: must be 0 or more"),
+        (lambda g: g.best_paths([1, 1], 0, -1), ValueError, r"k: must be 0 or more"),
+        (
+            lambda g: g.best_paths([1, 1], 2, 1),
+            ValueError,
+            r"source: must be at least 0 and less than 2, but 2 came\. .*None for any",
+        ),
+        (
+            lambda g: g.best_paths([1, 1], -1, 1),
+            ValueError,
+            r"source: must be at least",
+        ),
+        (lambda g: g.best_paths([1, 1], "0", 1), TypeError, r"source: must be a whole"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(ask, error, message):
+    """Passes, paths and sources are whole numbers in range."""
+    with pytest.raises(error, match=message):
+        ask(AttributionGraph.from_rows(ROWS, 2))
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        (
+            [0, 0, 1],
+            ValueError,
+            r"groups: there must be one group number for.* 4 units",
+        ),
+        ([0, 1, 1, 2], ValueError, r"source unit 1 and generated unit 2 are in one"),
+        ([[0], [1, 2], [3]], ValueError, r"source unit 1 and generated unit 2 are in"),
+        ([[0, 1], [2], [2, 3]], ValueError, r"unit 2 is named in group 1 and again in"),
+        (
+            [[0, 1], [2]],
+            ValueError,
+            r"each unit must be in one group, but unit 3 is in",
+        ),
+        ([[0, 1], [], [2, 3]], ValueError, r"must have a member, but group 1 is empty"),
+        ([[0, 1], [2, 4], [3]], ValueError, r"groups\[1\]: .*less than 4, but 4 came"),
+        ([[0, 1], [2, 3.0]], TypeError, r"groups\[1\]: must be a whole number"),
+        (
+            [0, [1], 2, 3],
+            TypeError,
+            r"groups: must be whole numbers, or lists.*group 0",
+        ),
+        ([0.0, 0.0, 1.0, 1.0], TypeError, r"groups: must be whole numbers, or lists"),
+        (4, TypeError, r"groups: must be whole numbers, or lists.*int 4 came"),
+    ],
+)
+def test_groups_must_partition_the_units(groups, error, message):
+    """Each unit is in one group, and a group is of one kind."""
+    with pytest.raises(error, match=message):
+        AttributionGraph.from_rows(ROWS, 2).coarsen(groups)
+
+
+def test_generated_groups_must_not_interleave():
+    """A group that closes around another would depend on what comes after it."""
+    graph = AttributionGraph.from_rows(np.zeros((3, 4)), 1)
+    message = (
+        r"must not interleave, but generated unit 3 is in the group of unit 1, and"
+    )
+    with pytest.raises(ValueError, match=message):
+        graph.coarsen([0, 1, 2, 1])
+
+
+@pytest.mark.parametrize("make", [np.array, sp.csr_array])
+def test_sums_beyond_the_float_range_are_refused(make):
+    """A group whose raw scores overflow is an error that says how to go on."""
+    rows = make(np.array([[1e308, 1e308, 0.0]]))
+    graph = AttributionGraph.from_rows(rows, 2)
+    with pytest.raises(ValueError, match=r"coarsen: .*too large.*Divide all rows by"):
+        graph.coarsen([[0, 1], [2]])
