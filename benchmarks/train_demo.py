@@ -11,6 +11,7 @@ A run that was interrupted goes on from its last checkpoint.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import random
@@ -22,11 +23,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from captum_cage.demo.model import DEMO_FILES
 from captum_cage.demo.problems import Problem, sample_problems, vocabulary
 
 UNKNOWN, PAD, END = "<unk>", "<pad>", "<|end|>"
@@ -43,6 +46,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 MAX_LENGTH = 512
+MAX_NEW_TOKENS = 128
+ROPE_THETA = 10000.0
+STEPS = 3500
+SAVE_EVERY = 200
 POOL = 2048  # problems drawn at once and sorted by length into batches
 IGNORED = -100
 
@@ -190,7 +197,8 @@ def train(
         ),
         torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
     ]
-    checkpoint = Path(args.out) / "checkpoint.pt"
+    checkpoint: Path = args.checkpoint
+    checkpoint.parent.mkdir(parents=True, exist_ok=True)
     start = 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -230,7 +238,7 @@ def train(
         bar.update()
         if step % 100 == 0:
             bar.set_postfix(loss=f"{average:.4f}")
-        if (step + 1) % args.save_every == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             state = {
                 "model": model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in optimizers],
@@ -243,29 +251,207 @@ def train(
     model.eval()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    parser.add_argument("--layers", type=int, default=5)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--blank", type=float, default=0.3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=200)
-    parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--out", default="/tmp/demo_run")
-    args = parser.parse_args()
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+def save(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Path
+) -> None:
+    """Write the files that ``load_demo`` and ``from_pretrained`` read.
+
+    The settings are written by hand, in the names that every supported version of
+    transformers reads. Weights are float16 on disk, which halves the package.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {
+        name: tensor.detach().to(torch.float16).contiguous()
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"  # tied to the embeddings
+    }
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
+    config = model.config
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers head_dim "
+        "num_attention_heads num_key_value_heads max_position_embeddings "
+        "tie_word_embeddings bos_token_id eos_token_id pad_token_id rms_norm_eps "
+        "hidden_act attention_bias mlp_bias"
+    ).split()
+    settings: dict[str, object] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "torch_dtype": "float32",
+        "rope_theta": ROPE_THETA,
+    }
+    settings |= {name: getattr(config, name) for name in names}
+    generation = {
+        "do_sample": False,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "max_new_tokens": MAX_NEW_TOKENS,
+    }
+    tokens = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": UNKNOWN,
+        "pad_token": PAD,
+        "eos_token": END,
+        "additional_special_tokens": [SYSTEM, USER, ASSISTANT],
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": MAX_LENGTH,
+        "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],
+        "chat_template": CHAT_TEMPLATE,
+    }
+    for name, content in (
+        ("config.json", settings),
+        ("generation_config.json", generation),
+        ("tokenizer_config.json", tokens),
+    ):
+        text = json.dumps(content, indent=2) + "\n"
+        (out / name).write_text(text, encoding="utf-8")
+
+
+@torch.no_grad()
+def write(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    chat: bool = False,
+) -> list[str]:
+    """What the model writes after each prompt, greedily, without the end token."""
+    if chat:
+        prompts = [USER + prompt + END + ASSISTANT for prompt in prompts]
+    written = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    for start in range(0, len(order), 100):
+        chosen = order[start : start + 100]
+        batch = tokenizer(
+            [prompts[i] for i in chosen], padding=True, return_tensors="pt"
+        )
+        ids = model.generate(
+            **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )[:, batch["input_ids"].shape[1] :]
+        for index, row in zip(chosen, ids.tolist(), strict=True):
+            length = row.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in row \
+                else len(row)
+            written[index] = tokenizer.decode(row[:length])
+    return written
+
+
+def answers(text: str) -> list[int]:
+    """The numbers that a worked answer gives as answers."""
+    return [int(number) for number in re.findall(r"answer is (\d+)\.", text)]
+
+
+def evaluate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int
+) -> dict[str, float]:
+    """Share of held-out problems solved, and of interventions answered rightly.
+
+    An intervention changes the number of one fact. A fact that an answer does not
+    depend on must leave it as it is; one that it depends on must change it by as much.
+    """
+    figures = {}
+    for kind in ("one_question", "two_questions"):
+        problems = sample_problems(n, 7, kind)
+        for chat in (False, True):
+            written = write(model, tokenizer, [p.prompt for p in problems], chat)
+            solved = [
+                text == problem.completion
+                for text, problem in zip(written, problems, strict=True)
+            ]
+            figures[f"{kind}, {'chat' if chat else 'plain'}: solved"] = mean(solved)
+        rng = random.Random(kind)
+        for name in ("distractor", "true fact"):
+            prompts, expected, places = [], [], []
+            for problem in problems:
+                place = rng.randrange(len(problem.answers))
+                truth = problem.answers[place].facts
+                facts = [f for f in problem.facts if (f in truth) == (name != "distractor")]
+                if not facts:
+                    continue
+                prompt, change = renumber(problem.prompt, rng.choice(facts), rng)
+                value = answers(problem.completion)[place]
+                prompts.append(prompt)
+                expected.append(value + change * (name != "distractor"))
+                places.append(place)
+            written = write(model, tokenizer, prompts)
+            right = [
+                answers(text)[place : place + 1] == [value]
+                for text, value, place in zip(written, expected, places, strict=True)
+            ]
+            figures[f"{kind}, {name} changed: right answer"] = mean(right)
+    return figures
+
+
+def renumber(prompt: str, fact: tuple[int, int], rng: random.Random) -> tuple[str, int]:
+    """The prompt with another number in one fact, and the difference."""
+    start, stop = fact
+    found = re.search(r"\d", prompt[start:stop])
+    if found is None:
+        raise ValueError(f"fact: {prompt[start:stop]!r} has no number.")
+    old = int(found.group())
+    new = rng.choice([number for number in range(1, 10) if number != old])
+    place = start + found.start()
+    return prompt[:place] + str(new) + prompt[place + 1 :], new - old
+
+
+def mean(values: Sequence[bool]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
+    parser.add_argument("--batch", type=int, default=64, help="default: %(default)s")
+    parser.add_argument("--lr", type=float, default=3e-3, help="default: %(default)s")
+    parser.add_argument("--layers", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--width", type=int, default=128, help="default: %(default)s")
+    parser.add_argument(
+        "--blank", type=float, default=0.3, help="share of inputs with blanks"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--out", type=Path, default=DEMO_FILES, help="folder of the files written"
+    )
+    parser.add_argument(
+        "--checkpoint", type=Path, default=None, help="default: build/train_demo.pt"
+    )
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile: needs a C++ compiler"
+    )
+    parser.add_argument(
+        "--smoke", action="store_true", help="a few steps of a tiny model, for CI"
+    )
+    parser.add_argument(
+        "--evaluate", type=int, default=500, metavar="N", help="problems of each kind"
+    )
+    args = parser.parse_args(arguments)
+    if args.smoke:
+        args.steps, args.batch, args.layers, args.width = 4, 8, 1, 32
+        args.evaluate = 2
+        if args.out == DEMO_FILES:
+            parser.error("--smoke: pass --out too, so that the model in place stays.")
+    if args.checkpoint is None:
+        args.checkpoint = (
+            args.out / "checkpoint.pt" if args.smoke else Path("build/train_demo.pt")
+        )
+    return args
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse(arguments)
     torch.manual_seed(args.seed)
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, args.layers, args.width)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    began = time.time()
+    began = time.perf_counter()
     train(model, tokenizer, args)
-    print(f"{time.time() - began:.0f} s")
-    tokenizer.save_pretrained(args.out)
-    model.save_pretrained(args.out)
+    print(f"trained for {time.perf_counter() - began:.0f} s")
+    save(model, tokenizer, args.out)
+    args.checkpoint.unlink(missing_ok=True)
+    for name, figure in evaluate(model, tokenizer, args.evaluate).items():
+        print(f"{name}: {figure:.1%} of {args.evaluate}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from captum.attr import (
     LayerGradientShap,
     Lime,
     LLMAttribution,
-    LLMAttributionResult,
     LLMGradientAttribution,
     RemoteLLMAttribution,
     ShapleyValues,
@@ -123,21 +122,23 @@ def check_kwargs(llm_attr: LLMAttributionObject, kwargs: Mapping[str, Any]) -> N
             )
     if kwargs.get("use_cached_outputs"):
         warnings.warn(
-            "use_cached_outputs: ignored. With the key-value cache, Captum's scores are "
-            "wrong from transformers 5.3 on; without it they are the same and right.",
+            "use_cached_outputs: ignored. With the key-value cache Captum's scores are "
+            "wrong from transformers 5.3 on; without it they are right everywhere.",
             stacklevel=3,
         )
     if isinstance(llm_attr.attr_method, LayerGradientShap):
         warnings.warn(
-            "LayerGradientShap: with text, Captum turns every input between 0 and 1 into "
-            "the baseline token, so the gradient is taken at the baseline, n_samples has "
-            "no effect and stdevs > 0 gives zeros. LayerIntegratedGradients has no such "
-            "defect.",
+            "LayerGradientShap: with text, Captum turns every input between 0 and 1 "
+            "into the baseline token, so the gradient is taken at the baseline, "
+            "n_samples has no effect and stdevs > 0 gives zeros. "
+            "LayerIntegratedGradients has no such defect.",
             stacklevel=3,
         )
 
 
-def check_row_length(llm_attr: LLMAttributionObject, shortest: int, longest: int) -> None:
+def check_row_length(
+    llm_attr: LLMAttributionObject, shortest: int, longest: int
+) -> None:
     """Refuse rows that the base method cannot compute, before it tries.
 
     Args:
@@ -211,8 +212,9 @@ def attribute_unit(
         arguments["use_cached_outputs"] = False
     if "forward_in_tokens" in known:
         arguments.setdefault("forward_in_tokens", token_by_token)
-    result: LLMAttributionResult = call.attribute(inp, target=target, **arguments)
-    return result.seq_attr
+    result = call.attribute(inp, target=target, **arguments)
+    scores: Tensor = result.seq_attr
+    return scores
 
 
 def _named_parameters(function: Any) -> list[str]:
@@ -247,9 +249,9 @@ class _Unlabelled:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def decode(self, ids: Tensor, **kwargs: Any) -> str:
+    def decode(self, ids: Tensor, **_: Any) -> str:
         self._ids = [int(i) for i in ids]
         return ""
 
-    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[Any]]:
+    def __call__(self, _: str, **__: Any) -> dict[str, list[Any]]:
         return {"input_ids": self._ids, "offset_mapping": [(0, 0)] * len(self._ids)}

@@ -6,15 +6,14 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
-from captum.attr import InterpretableInput, TextTemplateInput
 from captum.attr import Attribution as CaptumAttribution
+from captum.attr import InterpretableInput, TextTemplateInput
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,6 +25,7 @@ from captum_cage._captum import (
     check_kwargs,
 )
 from captum_cage._checks import complaint, one_of, shown
+from captum_cage._version import __version__
 from captum_cage.graph import AttributionGraph, Normalization
 from captum_cage.inputs import Prompt, TokenIdsInput, baseline_id, token_ids
 from captum_cage.result import GraphAttributionResult, split_ranges
@@ -219,8 +219,8 @@ class GraphContextAttribution(CaptumAttribution):
             return generate_ids(self.llm_attr, prompt, gen_args)
         if gen_args is not None:
             raise ValueError(
-                "gen_args: must be None where target is given, as nothing is generated. "
-                "Leave one of them out."
+                "gen_args: must be None where target is given, since nothing is "
+                "generated. Leave one of them out."
             )
         if isinstance(target, str):
             # As Captum encodes a target.
@@ -239,8 +239,8 @@ class GraphContextAttribution(CaptumAttribution):
             )
         if not ids:
             raise ValueError(
-                "target: must have a token, but it is empty. Pass the text to explain, or "
-                "None to generate one."
+                "target: must have a token, but it is empty. Pass the text to explain, "
+                "or None to generate one."
             )
         return ids
 
@@ -275,7 +275,7 @@ class GraphContextAttribution(CaptumAttribution):
         )
 
     def _rows(self, task: RowTask, show_progress: bool) -> npt.NDArray[np.float64]:
-        """Raw rows ``(G, N)``; those finished before an interrupt are not done again."""
+        """Raw rows ``(G, N)``; what was finished before an interrupt is kept."""
         unfinished = self._unfinished
         state = _model_state(self.llm_attr.model)
         if unfinished is None or not unfinished.belongs_to(task, state):
@@ -308,7 +308,7 @@ class GraphContextAttribution(CaptumAttribution):
             "model": name or type(model).__name__,
             "units": units if isinstance(units, str) else "own",
             "versions": {
-                "captum_cage": version("captum-cage"),
+                "captum_cage": __version__,
                 "captum": CAPTUM_VERSION,
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -334,7 +334,7 @@ def _source_units(prompt: Prompt, units: Any) -> Units:
                 "units",
                 "ranges of the source text must group single tokens",
                 f"the features of this {type(inp).__name__} are larger than that",
-                "Leave out the ranges of the prompt: its features are the source units.",
+                "Leave out the ranges of the prompt: its features are its units.",
             )
         )
     labels = _feature_labels(inp)
@@ -365,7 +365,10 @@ def _feature_spans(prompt: Prompt) -> list[tuple[int, int] | None]:
         for feature in range(inp.n_itp_features):
             tokens = np.flatnonzero(inp.feature_of_token == feature)
             if tokens[-1] - tokens[0] + 1 == len(tokens):
-                first, last = prompt.text.offsets[tokens[0]], prompt.text.offsets[tokens[-1]]
+                first, last = (
+                    prompt.text.offsets[tokens[0]],
+                    prompt.text.offsets[tokens[-1]],
+                )
                 spans[feature] = (first[0], last[1])
     return spans
 

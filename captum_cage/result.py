@@ -36,7 +36,7 @@ class TextPath(Path):
     """A path with the text of its units.
 
     Attributes:
-        texts (tuple[str, ...]): text of each unit, from the explained one to the source.
+        texts (tuple[str, ...]): text of each unit, from the explained one on.
         share (float): part of the explained mass that takes this path.
     """
 
@@ -125,20 +125,23 @@ class GraphAttributionResult(LLMAttributionResult):
         shown = "".join(texts) if len(texts) == 1 else f"{len(texts)} units"
         return (
             f"{type(self).__name__}(P={self.graph.n_sources}, "
-            f"G={self.graph.n_generated}, explained={shown!r}, leaked={self.leaked:.3g})"
+            f"G={self.graph.n_generated}, explained={shown!r}, "
+            f"leaked={self.leaked:.3g})"
         )
 
     @property
     def token_attr(self) -> Tensor:
         """Marginals of every generated unit, shape ``(G, P)``, float64."""
-        if self._token_attr is None:
-            self._token_attr = torch.from_numpy(self.graph.marginals())
-        return self._token_attr
+        return self._marginals
 
     @token_attr.setter
     def token_attr(self, token_attr: None) -> None:
         # Captum's constructor sets it; it is computed when it is first asked for.
         self._token_attr = token_attr
+
+    @cached_property
+    def _marginals(self) -> Tensor:
+        return torch.from_numpy(self.graph.marginals())
 
     @property
     def seq_attr_dict(self) -> dict[str, float]:
@@ -182,8 +185,11 @@ class GraphAttributionResult(LLMAttributionResult):
 
     @cached_property
     def leaked(self) -> float:
-        """Mass that ends in rows without mass; ``seq_attr.sum() + leaked`` is the
-        number of explained units (in ``positive`` and ``absolute``)."""
+        """Mass that ends in rows without mass.
+
+        In ``positive`` and ``absolute``, ``seq_attr.sum() + leaked`` is the number of
+        explained units.
+        """
         return self.graph.leaked(self.weights)
 
     def paths(self, k: int = 5, source: int | None = None) -> list[TextPath]:
@@ -353,9 +359,9 @@ class GraphAttributionResult(LLMAttributionResult):
         target = FilePath(path)
         partial = target.with_name(target.name + ".partial")
         try:
-            with open(partial, "wb") as file:
+            with partial.open("wb") as file:
                 np.savez_compressed(file, **arrays)
-            os.replace(partial, target)
+            partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -394,7 +400,9 @@ class GraphAttributionResult(LLMAttributionResult):
                 )
             )
         try:
-            parts = tuple(arrays[f"rows_{part}"] for part in ("data", "indices", "indptr"))
+            parts = tuple(
+                arrays[f"rows_{part}"] for part in ("data", "indices", "indptr")
+            )
             rows = csr_array(parts, shape=tuple(int(n) for n in arrays["rows_shape"]))
             rows.check_format()
             graph = AttributionGraph.from_rows(
@@ -474,6 +482,6 @@ def _span(value: Any) -> Span | None:
 
 def _not_a_result(path: str | os.PathLike[str]) -> ValueError:
     return ValueError(
-        f"{os.fspath(path)}: must be a result saved by GraphAttributionResult.save, but "
-        "it is not one, or it is damaged. Save it again."
+        f"{os.fspath(path)}: must be a result saved by GraphAttributionResult.save, "
+        "but it is not one, or it is damaged. Save it again."
     )

@@ -122,8 +122,8 @@ def _check_remote(task: RowTask) -> None:
             raise ValueError(
                 complaint(
                     "units",
-                    "a remote model scores text, so each generated unit must be tokenised "
-                    "as it was generated",
+                    "a remote model scores text, so each generated unit must be "
+                    "tokenised as it was generated",
                     f"unit {step}, {unit.text!r}, is {list(ids)} and would become "
                     f"{list(again)}",
                     "Use larger units, for example units='word' or 'sentence'.",

@@ -27,7 +27,12 @@ __all__ = [
     "log_probabilities",
 ]
 
-_LENGTHS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len")
+_LENGTHS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_sequence_length",
+    "max_seq_len",
+)
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = (
     weakref.WeakKeyDictionary()
@@ -69,8 +74,8 @@ def check_model(llm_attr: LLMAttributionObject) -> None:
         raise ValueError(
             complaint(
                 "llm_attr",
-                "the model must be a decoder that reads prompt and generated text as one "
-                "sequence",
+                "the model must be a decoder, which reads prompt and generated text as "
+                "one sequence",
                 f"{type(llm_attr.model).__name__} came, an encoder-decoder",
                 "Use a causal language model.",
             )
@@ -129,9 +134,9 @@ def check_sequence(
 
 
 def _vocabulary_size(model: Any, tokenizer: Any) -> int:
-    if isinstance(model, nn.Module) and hasattr(model, "get_input_embeddings"):
-        embeddings = model.get_input_embeddings()
-        size = getattr(embeddings, "num_embeddings", None)
+    embeddings = getattr(model, "get_input_embeddings", None)
+    if callable(embeddings):
+        size = getattr(embeddings(), "num_embeddings", None)
         if isinstance(size, int):
             return size
     return len(tokenizer)
@@ -160,7 +165,7 @@ def generate_ids(
         answer = llm_attr.provider.generate(text, **arguments)
         generated = llm_attr.tokenizer.encode(answer, add_special_tokens=False)
     else:
-        model = llm_attr.model
+        model: Any = llm_attr.model
         if not callable(getattr(model, "generate", None)):
             raise TypeError(
                 complaint(
@@ -223,22 +228,22 @@ def log_probabilities(
     """
     if family(llm_attr) == "remote":
         before = decode(prompt.ids[-1:], llm_attr.tokenizer)
-        target = decode([*prompt.ids[-1:], *generated], llm_attr.tokenizer)
-        scores = llm_attr.provider.get_logprobs(
+        after = decode([*prompt.ids[-1:], *generated], llm_attr.tokenizer)
+        given = llm_attr.provider.get_logprobs(
             input_prompt=_remote_text(prompt, llm_attr.tokenizer),
-            target_str=target[len(before) :],
+            target_str=after[len(before) :],
             tokenizer=llm_attr.tokenizer,
         )
-        if len(scores) != len(generated):
+        if len(given) != len(generated):
             raise ValueError(
                 complaint(
                     "target",
                     f"the provider must score its {len(generated)} tokens",
-                    f"{len(scores)} scores came",
+                    f"{len(given)} scores came",
                     "Check that the provider's model uses this tokenizer.",
                 )
             )
-        values = np.asarray(scores, dtype=np.float64)
+        values = np.asarray(given, dtype=np.float64)
     else:
         with torch.no_grad():
             inputs = _model_inputs(llm_attr, prompt, generated)
@@ -246,10 +251,13 @@ def log_probabilities(
         if logits.dim() == 4:  # Llama 4
             logits = logits[:, 0]
         start = logits.shape[1] - len(generated) - 1
-        scores = torch.log_softmax(logits[0, start:-1].double(), dim=-1)
+        scores: torch.Tensor = logits[0, start:-1]
+        if scores.dtype != torch.float64:
+            scores = scores.float()
         target = torch.tensor(list(generated), device=scores.device)
-        values = scores.gather(1, target[:, None])[:, 0].cpu().numpy()
-    for place in np.flatnonzero(~(values <= 0)):
+        chosen = scores.gather(1, target[:, None])[:, 0] - scores.logsumexp(dim=-1)
+        values = chosen.double().clamp(max=0).cpu().numpy()
+    for place in np.flatnonzero(~(values <= 0)).tolist():
         raise ValueError(
             complaint(
                 "llm_attr",

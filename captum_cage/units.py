@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -61,7 +61,7 @@ class Units:
         return np.flatnonzero(self.groups == unit)
 
 
-def split_units(units: Granularity) -> dict[str, str | Segments | list[Span] | None]:
+def split_units(units: Granularity) -> dict[str, Any]:
     """The granularity of each side, checked.
 
     Args:
