@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import takewhile
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,7 +45,17 @@ def token_ids(where: str, ids: Any) -> list[int]:
         TypeError: if these are no whole numbers.
         ValueError: if there is more than one sequence.
     """
-    values = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    values = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(
+            complaint(
+                where,
+                "must be a sequence of token ids",
+                f"{shown(ids)} came",
+                "Pass a sequence of ints, or a 1-D tensor of them.",
+            )
+        )
+    values = list(values)
     if len(values) == 1 and isinstance(values[0], list | tuple):
         values = list(values[0])
     if any(isinstance(value, list | tuple) for value in values):
@@ -113,7 +126,10 @@ class TokenIdsInput(TextTokenInput):
         if not listed:
             raise ValueError(
                 complaint(
-                    "ids", "the prompt must have a token", "no id came", "Pass some ids."
+                    "ids",
+                    "the prompt must have a token",
+                    "no id came",
+                    "Pass some ids.",
                 )
             )
         self._fill(listed, tokenizer, feature_mask, baselines)
@@ -219,15 +235,20 @@ def _feature_of_token(mask: Any, tokens: int) -> npt.NDArray[np.int64]:
 
 def _baseline_ids(baselines: Any, tokens: int, tokenizer: Any) -> Tensor:
     if isinstance(baselines, str):
-        baselines = tokenizer.convert_tokens_to_ids(baselines)
-        if baselines is None:
-            raise ValueError(
-                "baselines: must be a token of the tokenizer, but it has no such token. "
-                "Pass the id instead."
-            )
+        baselines = _known_id("baselines", baselines, tokenizer)
     if isinstance(baselines, int | np.integer):
-        return torch.full((tokens,), int(baselines))
-    ids = token_ids("baselines", baselines)
+        ids = token_ids("baselines", [baselines]) * tokens
+    else:
+        ids = token_ids("baselines", baselines)
+    if any(i < 0 for i in ids):
+        raise ValueError(
+            complaint(
+                "baselines",
+                "must be ids of tokens, 0 or more",
+                f"{min(ids)} came",
+                "Pass the id, for example tokenizer.eos_token_id.",
+            )
+        )
     if len(ids) != tokens:
         raise ValueError(
             complaint(
@@ -240,12 +261,27 @@ def _baseline_ids(baselines: Any, tokens: int, tokenizer: Any) -> Tensor:
     return torch.tensor(ids)
 
 
+def _known_id(where: str, token: str, tokenizer: Any) -> int:
+    known = tokenizer.get_vocab()
+    if token not in known:
+        raise ValueError(
+            complaint(
+                where,
+                "must be a token or an id",
+                f"{token!r} came, which the tokenizer does not know",
+                "Pass the id, for example tokenizer.eos_token_id.",
+            )
+        )
+    return int(known[token])
+
+
 def _feature_labels(
     text: TokenText, feature_of_token: npt.NDArray[np.int64], features: int
 ) -> list[str]:
     if (np.bincount(feature_of_token + 1, minlength=features + 1)[1:] == 1).all():
         labels = text.labels()
-        return [labels[i] for i in np.argsort(feature_of_token)[-features:]]
+        order = np.argsort(feature_of_token)[len(labels) - features :]
+        return [labels[i] for i in order]
     parts: list[list[str]] = [[] for _ in range(features)]
     last = [-2] * features
     for i, feature in enumerate(feature_of_token):
@@ -317,8 +353,8 @@ class ChatTokenInput(TokenIdsInput):
             "add_generation_prompt",
             not template_args.get("continue_final_message", False),
         )
-        messages = [dict(message) for message in messages]
-        chosen = _chosen(messages, features)
+        copies = _copies(messages)
+        chosen = _chosen(copies, features)
 
         def render(rendered: list[dict[str, Any]]) -> str:
             text: str = tokenizer.apply_chat_template(
@@ -326,11 +362,11 @@ class ChatTokenInput(TokenIdsInput):
             )
             return text
 
-        text = render(messages)
-        contents = _content_spans(messages, chosen, text, render)
+        text = render(copies)
+        contents = _content_spans(copies, chosen, text, render)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
-        offsets = tuple((int(a), int(b)) for a, b in encoded["offset_mapping"])
+        offsets = _without_gaps(encoded["offset_mapping"], text)
         inside = np.array([_is_inside(text, span, contents) for span in offsets], bool)
         if not inside.any():
             raise ValueError(
@@ -342,7 +378,7 @@ class ChatTokenInput(TokenIdsInput):
                 )
             )
         self._segments = tuple(contents)
-        self.messages = messages
+        self.messages = copies
         self._fill(ids, tokenizer, inside, baselines)
         self._label(TokenText(text, offsets))
 
@@ -352,23 +388,47 @@ class ChatTokenInput(TokenIdsInput):
         return self._segments
 
 
-def _chosen(messages: Sequence[Mapping[str, Any]], features: Features) -> list[bool]:
-    if not messages:
+def _copies(messages: Any) -> list[dict[str, Any]]:
+    """The messages, checked."""
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        raise TypeError(
+            complaint(
+                "messages",
+                "must be a sequence of messages",
+                f"{shown(messages)} came",
+                "Pass messages as apply_chat_template takes them.",
+            )
+        )
+    listed = list(messages)
+    if not listed:
         raise ValueError("messages: must have a message, but none came. Pass some.")
-    for number, message in enumerate(messages):
-        if "role" not in message:
+    for number, message in enumerate(listed):
+        if not isinstance(message, Mapping) or "role" not in message:
             raise ValueError(
                 complaint(
                     f"messages[{number}]",
-                    "must have a 'role'",
-                    f"keys {list(message)} came",
+                    "must be a mapping with a 'role'",
+                    f"{shown(message)} came",
                     "Pass messages as apply_chat_template takes them.",
                 )
             )
+    return [dict(message) for message in listed]
+
+
+def _chosen(messages: Sequence[Mapping[str, Any]], features: Any) -> list[bool]:
     if callable(features):
         return [bool(features(message)) for message in messages]
     if features == "all":
         return [True] * len(messages)
+    if not isinstance(features, Collection):
+        raise TypeError(
+            complaint(
+                "features",
+                "must be a role, several, 'all' or a function of a message",
+                f"{shown(features)} came",
+                "Pass features='user' if in doubt.",
+            )
+        )
     roles = {features} if isinstance(features, str) else set(features)
     if not any(message["role"] in roles for message in messages):
         there = sorted({str(message["role"]) for message in messages})
@@ -416,7 +476,9 @@ def _content_spans(
             if not core:
                 continue
             start = content.find(core)
-            marked = f"{content[:start]}{first}{core}{last}{content[start + len(core) :]}"
+            marked = (
+                f"{content[:start]}{first}{core}{last}{content[start + len(core) :]}"
+            )
             changed = [dict(other) for other in messages]
             if place is None:
                 changed[number]["content"] = marked
@@ -434,17 +496,21 @@ def _content_spans(
 def _marked_span(
     rendered: str, text: str, core: str, first: str, last: str, number: int
 ) -> list[Span]:
-    if rendered.replace(first, "").replace(last, "") == text:
-        start, stop = rendered.find(first), rendered.find(last)
-        if start >= 0 and stop > start and rendered.count(last) == 1:
-            return [(start, stop - 1)]
-        if start < 0 and stop >= 0:
+    begins, ends = rendered.count(first), rendered.count(last)
+    if rendered.replace(first, "").replace(last, "") == text and ends == 1:
+        stop = rendered.find(last) - begins
+        if begins == 1:
+            shown_text = text[rendered.find(first) : stop]
+            # Some templates write what a tool returned as JSON.
+            if shown_text in (core, json.dumps(core, ensure_ascii=False)[1:-1]):
+                return [(rendered.find(first), stop)]
+        if begins == 0:
             # The template shows the end of the content only, as some do that drop the
             # reasoning of earlier turns.
-            shown_start = stop
-            while shown_start > 0 and core.endswith(text[shown_start - 1 : stop]):
-                shown_start -= 1
-            return [(shown_start, stop)]
+            pairs = zip(reversed(core), reversed(text[:stop]), strict=False)
+            same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+            tail = text[stop - same : stop].lstrip()
+            return [(stop - len(tail), stop)]
     raise ValueError(
         complaint(
             f"messages[{number}]",
@@ -460,6 +526,17 @@ def _unused(text: str, count: int) -> list[str]:
     """Private-use characters that do not occur in a text."""
     free = (chr(code) for code in range(0xE000, 0xF8FF) if chr(code) not in text)
     return [next(free) for _ in range(count)]
+
+
+def _without_gaps(offsets: Iterable[Sequence[int]], text: str) -> tuple[Span, ...]:
+    """Ranges to which white space before them is given back if the tokenizer cut it."""
+    whole: list[Span] = []
+    last = 0
+    for start, stop in offsets:
+        first = last if last < start and not text[last:start].strip() else start
+        whole.append((first, stop))
+        last = max(last, stop)
+    return tuple(whole)
 
 
 def _is_inside(text: str, span: Span, contents: Sequence[Span]) -> bool:
@@ -537,7 +614,7 @@ class Prompt:
         special = np.isin(ids, list(special_ids(tokenizer)))
         return cls(inp, tuple(ids), text, feature_of_token, special, breaks)
 
-    @property
+    @cached_property
     def takes_ids_alone(self) -> bool:
         """Whether the model gets nothing but token ids."""
         return not isinstance(self.inp.to_model_input(), Mapping)
@@ -548,9 +625,18 @@ def _ids(model_input: Any, tokenizer: Any) -> Any:
     if isinstance(model_input, str):
         # As Captum itself encodes the text of a template.
         return tokenizer.encode(model_input)
-    if isinstance(model_input, Mapping):
+    if isinstance(model_input, Mapping) and "input_ids" in model_input:
         return model_input["input_ids"]
-    return model_input
+    if isinstance(model_input, Tensor):
+        return model_input
+    raise TypeError(
+        complaint(
+            "inp",
+            "must give the model a text, token ids, or a mapping with 'input_ids'",
+            f"{shown(model_input)} came",
+            "Give an image input the processor function of its model.",
+        )
+    )
 
 
 def baseline_id(choice: int | str, inp: InterpretableInput, tokenizer: Any) -> int:
@@ -568,25 +654,19 @@ def baseline_id(choice: int | str, inp: InterpretableInput, tokenizer: Any) -> i
     """
     if isinstance(choice, int):
         return choice
-    if choice == "auto":
-        if isinstance(inp, TextTokenInput):
-            return int(inp.baselines)
-        for name in ("unk", "eos", "pad"):
-            found = getattr(tokenizer, f"{name}_token_id", None)
-            if found is not None:
-                return int(found)
-        return 0
-    known = tokenizer.get_vocab()
-    if choice not in known:
-        raise ValueError(
-            complaint(
-                "generated_baseline",
-                "must be 'auto', a token or an id",
-                f"{choice!r} came, which the tokenizer does not know",
-                "Pass the id, for example tokenizer.eos_token_id.",
-            )
-        )
-    return int(known[choice])
+    if choice != "auto":
+        return _known_id("generated_baseline", choice, tokenizer)
+    if isinstance(inp, TokenIdsInput):
+        own = inp.baseline_ids.unique().tolist()
+    else:
+        own = [inp.baselines] if isinstance(inp, TextTokenInput) else []
+    if len(own) == 1:
+        return int(own[0])
+    for name in ("unk", "eos", "pad"):
+        found = getattr(tokenizer, f"{name}_token_id", None)
+        if found is not None:
+            return int(found)
+    return 0
 
 
 class PrefixedInput(InterpretableInput):
@@ -605,8 +685,9 @@ class PrefixedInput(InterpretableInput):
             for ids that are present and no feature.
         baseline (int): id that stands for an absent generated token.
         tokenizer: the tokenizer of the ids.
-        as_text (bool, optional): give the model text instead of ids, as remote models
-            need. Default: ``False``
+        as_text_before (Sequence[int], optional): give the model text instead of ids,
+            as remote models need: the text that stands before these ids, which are
+            scored next. Default: None, ids
     """
 
     def __init__(
@@ -618,7 +699,7 @@ class PrefixedInput(InterpretableInput):
         prefix_groups: npt.NDArray[np.int64],
         baseline: int,
         tokenizer: Any,
-        as_text: bool = False,
+        as_text_before: Sequence[int] | None = None,
     ) -> None:
         self._prompt = prompt
         self._source_groups = torch.from_numpy(_of_features(prompt, source_groups))
@@ -627,7 +708,7 @@ class PrefixedInput(InterpretableInput):
         self._n_sources = n_sources
         self._baseline = baseline
         self._tokenizer = tokenizer
-        self._as_text = as_text
+        self._scored = as_text_before
         generated = int(prefix_groups.max(initial=-1)) + 1
         self.n_itp_features = n_sources + generated
         self.values = [str(number) for number in range(self.n_itp_features)]
@@ -643,31 +724,69 @@ class PrefixedInput(InterpretableInput):
         if perturbed_tensor is None:
             prompt = inp.to_model_input()
         else:
-            present = perturbed_tensor[:, self._source_groups.to(perturbed_tensor.device)]
+            present = perturbed_tensor[
+                :, self._source_groups.to(perturbed_tensor.device)
+            ]
             prompt = inp.to_model_input(present)
             groups = self._prefix_groups
             places = torch.where(groups >= 0, groups + self._n_sources, 0)
             absent = (perturbed_tensor.cpu()[:, places] != 1) & (groups >= 0)
             prefix = torch.where(absent, self._baseline, prefix)
-        if self._as_text:
-            return self._text(prompt, prefix[0].tolist())
+        if self._scored is not None:
+            return text_before(
+                prompt, self._prompt, prefix[0].tolist(), self._scored, self._tokenizer
+            )
         if isinstance(prompt, str):
-            prompt = torch.tensor([_ids(prompt, self._tokenizer)])
+            ids = _ids(prompt, self._tokenizer)
+            if not len(ids) + prefix.shape[1]:
+                raise ValueError(
+                    "inp: the prompt must have a token even where features are absent, "
+                    "but it is empty then. Give the template some text of its own, or "
+                    "give the input baselines."
+                )
+            prompt = torch.tensor([ids], dtype=torch.long)
         if isinstance(prompt, Tensor):
             return torch.cat([prompt, prefix.to(prompt.device)], dim=1)
         return extended_model_input(prompt, prefix)
 
-    def _text(self, prompt: Any, prefix: list[int]) -> str:
-        tokenizer = self._tokenizer
-        if isinstance(prompt, str):
-            context = list(self._prompt.ids[-1:])
-            before = decode(context, tokenizer)
-            return prompt + decode(context + prefix, tokenizer)[len(before) :]
-        ids = token_ids("inp", prompt)
-        start = getattr(tokenizer, "bos_token_id", None)
-        if start is not None and ids[:1] == [start] == tokenizer.encode("")[:1]:
-            ids = ids[1:]  # the server puts its own in front
-        return decode(ids + prefix, tokenizer)
+
+def _without_start(ids: list[int], tokenizer: Any) -> list[int]:
+    """Ids without the token that a server puts in front of every text."""
+    start = getattr(tokenizer, "bos_token_id", None)
+    if start is not None and ids[:1] == [start] == tokenizer.encode("")[:1]:
+        return ids[1:]
+    return ids
+
+
+def text_before(
+    model_input: str | Tensor,
+    prompt: Prompt,
+    prefix: Sequence[int],
+    scored: Sequence[int],
+    tokenizer: Any,
+) -> str:
+    """The text that a remote model must get before the ids that it scores.
+
+    Captum decodes the scored ids alone, which may lose a space before them: here it
+    stays with the text in front.
+
+    Args:
+        model_input (str or Tensor): the prompt, perhaps perturbed, as its input gives
+            it.
+        prompt (Prompt): the prompt as it is.
+        prefix (Sequence[int]): generated ids before the scored ones.
+        scored (Sequence[int]): ids that are scored next.
+        tokenizer: the tokenizer of the ids.
+    """
+    more = [*prefix, *scored]
+    if isinstance(model_input, str):
+        context = list(prompt.ids[-1:])
+        before = decode(context, tokenizer)
+        text = model_input + decode([*context, *more], tokenizer)[len(before) :]
+    else:
+        ids = _without_start(token_ids("inp", model_input), tokenizer)
+        text = decode([*ids, *more], tokenizer)
+    return text.removesuffix(decode(scored, tokenizer))
 
 
 def _of_features(

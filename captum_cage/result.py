@@ -467,8 +467,9 @@ def split_ranges(ranges: Any, cut: int) -> tuple[list[Span], list[Span]]:
 
 def _indicator(units: Units) -> npt.NDArray[np.float64]:
     """Which old unit (column) belongs to which new one (row)."""
-    rows = np.arange(len(units))[:, None]
-    return (units.groups[None, :] == rows).astype(np.float64)
+    indicator = np.zeros((len(units), len(units.groups)))
+    indicator[units.groups, np.arange(len(units.groups))] = 1.0
+    return indicator
 
 
 def _dense(rows: Any) -> npt.NDArray[np.float64]:

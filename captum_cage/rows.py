@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from captum_cage._captum import (
     family,
 )
 from captum_cage._checks import complaint
-from captum_cage.inputs import PrefixedInput, Prompt, TokenIdsInput
+from captum_cage.inputs import PrefixedInput, Prompt, TokenIdsInput, text_before
 from captum_cage.text import TokenText, decode
 from captum_cage.units import FIXED, Units
 
@@ -115,20 +116,32 @@ def _check_remote(task: RowTask) -> None:
                 "Use a text input.",
             )
         )
+    model_input = task.prompt.inp.to_model_input()
+    lost = 0
     for step, unit in enumerate(task.steps.units):
-        ids = task.generated[slice(*task.range_of(step))]
+        start, stop = task.range_of(step)
+        ids = list(task.generated[start:stop])
         again = tokenizer.encode(decode(ids, tokenizer), add_special_tokens=False)
-        if list(again) != list(ids):
+        if len(again) != len(ids):
             raise ValueError(
                 complaint(
                     "units",
-                    "a remote model scores text, so each generated unit must be "
-                    "tokenised as it was generated",
-                    f"unit {step}, {unit.text!r}, is {list(ids)} and would become "
-                    f"{list(again)}",
+                    "a remote model scores text, so each generated unit must have as "
+                    "many tokens when its text is tokenised",
+                    f"unit {step}, {unit.text!r}, is {ids} and would become {again}",
                     "Use larger units, for example units='word' or 'sentence'.",
                 )
             )
+        prefix = task.generated[:start]
+        text = text_before(model_input, task.prompt, prefix, ids, tokenizer)
+        read = tokenizer.encode(text + decode(ids, tokenizer))
+        lost += list(read) != [*task.prompt.ids, *task.generated[:stop]]
+    if lost:
+        warnings.warn(
+            f"The remote model reads the text of {lost} of {len(task.steps)} rows as "
+            "other tokens than were generated, as text is all it can be sent.",
+            stacklevel=4,
+        )
 
 
 def loop_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
@@ -167,6 +180,7 @@ def _perturbed_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
     """Captum's sequence attribution of the unit to all units before it."""
     start, stop = task.range_of(step)
     by_token = not task.prompt.takes_ids_alone
+    remote = family(task.llm_attr) == "remote"
     pieces = [(i, i + 1) for i in range(start, stop)] if by_token else [(start, stop)]
     width = len(task.sources) + step
     total = np.zeros(width)
@@ -181,7 +195,7 @@ def _perturbed_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
             np.where(groups < step, groups, FIXED),
             task.baseline,
             task.llm_attr.tokenizer,
-            as_text=family(task.llm_attr) == "remote",
+            as_text_before=task.generated[first:last] if remote else None,
         )
         target = torch.tensor(task.generated[first:last])
         total += _attributed(task, inp, target, token_by_token=by_token)

@@ -15,7 +15,12 @@ from torch import nn
 
 from captum_cage._captum import DEFAULT_GEN_ARGS, LLMAttributionObject, family
 from captum_cage._checks import complaint
-from captum_cage.inputs import Prompt, extended_model_input, token_ids
+from captum_cage.inputs import (
+    Prompt,
+    extended_model_input,
+    text_before,
+    token_ids,
+)
 from captum_cage.text import decode
 
 __all__ = [
@@ -161,7 +166,9 @@ def generate_ids(
     """
     arguments = dict(DEFAULT_GEN_ARGS if gen_args is None else gen_args)
     if family(llm_attr) == "remote":
-        text = _remote_text(prompt, llm_attr.tokenizer)
+        text = text_before(
+            prompt.inp.to_model_input(), prompt, [], [], llm_attr.tokenizer
+        )
         answer = llm_attr.provider.generate(text, **arguments)
         generated = llm_attr.tokenizer.encode(answer, add_special_tokens=False)
     else:
@@ -185,17 +192,6 @@ def generate_ids(
             "let it write more, or the text to explain as target."
         )
     return token_ids("target", generated)
-
-
-def _remote_text(prompt: Prompt, tokenizer: Any) -> str:
-    model_input = prompt.inp.to_model_input()
-    if isinstance(model_input, str):
-        return model_input
-    ids = list(prompt.ids)
-    start = getattr(tokenizer, "bos_token_id", None)
-    if start is not None and ids[:1] == [start] == tokenizer.encode("")[:1]:
-        ids = ids[1:]
-    return decode(ids, tokenizer)
 
 
 def _model_inputs(
@@ -227,12 +223,13 @@ def log_probabilities(
         ValueError: if the model gives a number that is no log-probability.
     """
     if family(llm_attr) == "remote":
-        before = decode(prompt.ids[-1:], llm_attr.tokenizer)
-        after = decode([*prompt.ids[-1:], *generated], llm_attr.tokenizer)
+        tokenizer = llm_attr.tokenizer
         given = llm_attr.provider.get_logprobs(
-            input_prompt=_remote_text(prompt, llm_attr.tokenizer),
-            target_str=after[len(before) :],
-            tokenizer=llm_attr.tokenizer,
+            input_prompt=text_before(
+                prompt.inp.to_model_input(), prompt, [], generated, tokenizer
+            ),
+            target_str=decode(generated, tokenizer),
+            tokenizer=tokenizer,
         )
         if len(given) != len(generated):
             raise ValueError(

@@ -133,14 +133,16 @@ def solve_triangle(
         return solution
     # SciPy before 1.14 takes a row's last entry for its diagonal, also with
     # unit_diagonal=True, and warns about anything but CSR: so the diagonal is stored
-    # and both triangles are passed as CSR. SciPy 1.14 to 1.15 take 32-bit indices only.
+    # and both triangles are passed as CSR. SciPy 1.14 and 1.15 take 32-bit indices
+    # only.
     index = np.arange(n_generated + 1)
     identity = csr_array((np.ones(n_generated), index[:-1], index), shape=lower.shape)
     triangle = csr_array(identity - lower)
     if transposed:
         triangle = csr_array(triangle.T.tocsr())
-    triangle.indices = triangle.indices.astype(np.intc, copy=False)
-    triangle.indptr = triangle.indptr.astype(np.intc, copy=False)
+    if triangle.nnz <= np.iinfo(np.intc).max:
+        triangle.indices = triangle.indices.astype(np.intc, copy=False)
+        triangle.indptr = triangle.indptr.astype(np.intc, copy=False)
     triangle.sort_indices()
     solution = spsolve_triangular(
         triangle, right, lower=not transposed, unit_diagonal=True

@@ -31,8 +31,8 @@ def explained_units(
         explain: None for all units; an int (negative ones count from the end), a slice
             or ``(start, stop)`` of generated units; a substring of the generated text,
             whose *last* occurrence counts; or a compiled regular expression, whose last
-            match counts. A text means every unit that shares a visible character with
-            it.
+            visible match counts. A text means every unit that shares a visible
+            character with it.
         units (Sequence[Unit]): the generated units.
         text (str): the generated text, which their ranges count in.
 
@@ -50,32 +50,15 @@ def explained_units(
         if len(explain) != 2:
             raise ValueError(
                 complaint(
-                    "explain", "a tuple must be (start, stop)", f"{explain} came", _FORMS
+                    "explain",
+                    "a tuple must be (start, stop)",
+                    f"{explain} came",
+                    _FORMS,
                 )
             )
         explain = slice(*explain)
     if isinstance(explain, slice):
-        for end in (explain.start, explain.stop, explain.step):
-            if not isinstance(end, int | np.integer | None) or isinstance(end, bool):
-                raise TypeError(
-                    complaint(
-                        "explain",
-                        "the ends of a slice must be whole numbers",
-                        f"{shown(end)} came",
-                        _FORMS,
-                    )
-                )
-        chosen = tuple(sorted(range(count)[explain]))
-        if not chosen:
-            raise ValueError(
-                complaint(
-                    "explain",
-                    "must mean at least one generated unit",
-                    f"{explain.start}:{explain.stop} of {count} units came",
-                    _FORMS,
-                )
-            )
-        return chosen
+        return _sliced(explain, count)
     if isinstance(explain, str | re.Pattern):
         return _overlapping(find_span(explain, text), units, text)
     if isinstance(explain, int | np.integer) and not isinstance(explain, bool):
@@ -88,20 +71,61 @@ def explained_units(
         )
         return (position % count,)
     raise TypeError(
-        complaint("explain", "must name generated units", f"{shown(explain)} came", _FORMS)
+        complaint(
+            "explain", "must name generated units", f"{shown(explain)} came", _FORMS
+        )
     )
+
+
+def _sliced(explain: slice, count: int) -> tuple[int, ...]:
+    for end in (explain.start, explain.stop, explain.step):
+        if not isinstance(end, int | np.integer | None) or isinstance(end, bool):
+            raise TypeError(
+                complaint(
+                    "explain",
+                    "the ends of a slice must be whole numbers",
+                    f"{shown(end)} came",
+                    _FORMS,
+                )
+            )
+    if explain.step == 0:
+        raise ValueError(
+            complaint("explain", "the step of a slice must not be 0", "0 came", _FORMS)
+        )
+    chosen = tuple(sorted(range(count)[explain]))
+    if not chosen:
+        raise ValueError(
+            complaint(
+                "explain",
+                "must mean at least one generated unit",
+                f"{explain} of {count} units came",
+                _FORMS,
+            )
+        )
+    return chosen
 
 
 def find_span(explain: str | re.Pattern[str], text: str) -> Span:
     """Character range of the last occurrence of a text or pattern.
 
+    Matches of a pattern that have no visible character do not count, such as those of
+    ``[0-9]*`` between numbers.
+
     Raises:
-        ValueError: if it does not occur, or is empty.
+        TypeError: if the pattern is for bytes.
+        ValueError: if it does not occur, or nothing of it is visible.
     """
     if isinstance(explain, re.Pattern):
         what = f"the pattern {explain.pattern!r}"
+        if not isinstance(explain.pattern, str):
+            raise TypeError(
+                complaint(
+                    "explain", "must be a pattern for text", f"{what} came", _FORMS
+                )
+            )
         matches = list(explain.finditer(text))
-        span = matches[-1].span() if matches else None
+        visible = [match for match in matches if match.group().strip()]
+        span = (visible or matches)[-1].span() if matches else None
     else:
         what = f"the text {explain!r}"
         start = text.rfind(explain)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from os.path import commonprefix
 from typing import Any, TypeAlias
 
 import sentencex
@@ -22,8 +21,8 @@ __all__ = [
 
 Span: TypeAlias = tuple[int, int]
 
-# A character is at most four UTF-8 bytes, so at most four tokens share it.
-_LONGEST_CHARACTER = 4
+# A character has at most four UTF-8 bytes, so at most three tokens complete one.
+_COMPLETING = 3
 _REPLACEMENT = "\ufffd"
 
 
@@ -93,7 +92,8 @@ def read_tokens(ids: Sequence[int], tokenizer: Any) -> TokenText:
     """Text of a token sequence with the exact range of each token.
 
     The text is read token by token, in the context of the tokens just before, so it
-    needs no offsets from the tokenizer and never tokenises anything.
+    needs no offsets from the tokenizer and never tokenises anything. Bytes that are no
+    character are shown as ``"\ufffd"``.
 
     Args:
         ids (Sequence[int]): token ids.
@@ -103,35 +103,65 @@ def read_tokens(ids: Sequence[int], tokenizer: Any) -> TokenText:
         TokenText: one range per id.
     """
     ids = list(ids)
-    text: list[str] = []
+    text = ""
     offsets: list[Span] = []
-    length = 0
-    context = 0  # tokens[context:done] are decoded along with the ones to be read
-    done = 0
-    before = ""
-    i = 0
-    while i < len(ids):
-        now = decode(ids[context : i + 1], tokenizer)
-        waiting = i + 1 - done
-        if now.endswith(_REPLACEMENT):
-            if waiting < _LONGEST_CHARACTER and i + 1 < len(ids):
-                i += 1
-                continue
-            # No character came of these bytes: they are read one by one.
-            now = decode(ids[context : done + 1], tokenizer)
-            waiting = 1
-        piece = now[len(commonprefix([before, now])) :]
-        offsets.extend([(length, length + len(piece))] * waiting)
-        text.append(piece)
-        length += len(piece)
-        context, done = done, done + waiting
-        before = decode(ids[context:done], tokenizer)
-        i = done
-    return TokenText("".join(text), tuple(offsets))
+    context = 0  # the tokens from here on are decoded along with those to be read
+    while len(offsets) < len(ids):
+        done = len(offsets)
+        piece, count = _next_piece(ids, context, done, tokenizer)
+        if piece:
+            offsets.extend([(len(text), len(text) + len(piece))] * count)
+            text += piece
+            context = done
+        else:
+            # No text of its own: nothing at all, or more bytes of what is no character.
+            empty = (len(text), len(text))
+            offsets.append(offsets[-1] if text.endswith(_REPLACEMENT) else empty)
+            context = max(context, done - _COMPLETING)
+    return TokenText(text, tuple(offsets))
+
+
+def _next_piece(
+    ids: list[int], context: int, done: int, tokenizer: Any
+) -> tuple[str, int]:
+    """Text of the next token, or of the next ones that share a character; their number.
+
+    Decoders with byte fallback turn a whole run of bytes into replacement characters
+    if it has a broken character, so bytes after one need another try without it.
+    """
+    piece, count = _completed(ids, context, done, tokenizer)
+    if piece.endswith(_REPLACEMENT) and count == 1:
+        alone, more = _completed(ids, done, done, tokenizer)
+        if more > 1:
+            return alone, more
+    return piece, count
+
+
+def _completed(
+    ids: list[int], context: int, done: int, tokenizer: Any
+) -> tuple[str, int]:
+    """Text of the next token, with the tokens after it that complete its character."""
+    stop = done + 1
+    piece = _continuation(ids[context:done], ids[done:stop], tokenizer)
+    while piece.endswith(_REPLACEMENT):
+        for end in range(stop + 1, min(stop + _COMPLETING, len(ids)) + 1):
+            longer = _continuation(ids[context:done], ids[done:end], tokenizer)
+            if not longer.startswith(piece):
+                piece, stop = longer, end
+                break
+        else:
+            break
+    return piece, stop - done
+
+
+def _continuation(context: list[int], ids: list[int], tokenizer: Any) -> str:
+    """The text that ids add to the text of those before them."""
+    before, now = decode(context, tokenizer), decode([*context, *ids], tokenizer)
+    return now[len(before) :] if now.startswith(before) else decode(ids, tokenizer)
 
 
 def special_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of the tokenizer's special tokens; the unknown token is a token like others."""
+    """Ids of the tokenizer's special tokens; the unknown token is not one of them."""
     ids = set(tokenizer.all_special_ids)
     added = getattr(tokenizer, "added_tokens_decoder", {})
     ids.update(i for i, token in added.items() if getattr(token, "special", False))
@@ -144,13 +174,23 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 
 # --- words -------------------------------------------------------------------------
 
-# Scripts that put no space between words: each character is a unit.
+# Scripts that put no space between words: each character is a unit, with its marks.
 _UNSPACED = (
     "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao, Myanmar, Khmer
     "\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # kana, Han
     "\U00020000-\U0003ffff"
 )
-_WORD = re.compile(rf"[{_UNSPACED}][\u0300-\u036f\u0e31\u0e34-\u0e3a]*|[^\s{_UNSPACED}]+")
+_MARKS = (
+    "\u0300-\u036f\u200d\ufe00-\ufe0f\U000e0100-\U000e01ef\u3099\u309a"
+    "\u0e31\u0e33-\u0e3a\u0e47-\u0e4e"  # Thai
+    "\u0eb1\u0eb3-\u0ebc\u0ec8-\u0ece"  # Lao
+    "\u102b-\u103e\u1056-\u1059\u105e-\u1060\u1062-\u1064\u1067-\u106d"  # Myanmar
+    "\u1071-\u1074\u1082-\u108d\u108f\u109a-\u109d"
+    "\u17b4-\u17d3\u17dd"  # Khmer
+)
+# After these signs of Myanmar and Khmer, a letter is written below the one before.
+_STACKED = rf"(?<=[\u1039\u17d2])[{_UNSPACED}]"
+_WORD = re.compile(rf"[{_UNSPACED}](?:[{_MARKS}]|{_STACKED})*|[^\s{_UNSPACED}]+")
 
 
 def word_spans(text: str) -> list[Span]:
@@ -169,21 +209,26 @@ def word_spans(text: str) -> list[Span]:
 # --- sentences ---------------------------------------------------------------------
 
 _LINE = re.compile(r"[^\r\n\u2028\u2029]+")
-_FENCE = re.compile(r"\s*(```|~~~)")
+_FENCE = re.compile(r"\s*(?:```[^`]*|~~~.*)$")
 _CODE = re.compile(r"(?: {4,}|\t)|.*[;{}]\s*$")
-_BULLET = re.compile(r"\s*(?:[-*+•‣–—]|\(?(?:\d{1,3}|[A-Za-z])[.)])\s+(?=\S)")
+_BULLET = re.compile(
+    r"\s*(?:[-*+•‣–—]|\(?(?:\d{1,3}|[ivxIVX]{1,4}|[A-Za-z])[.)])\s+(?=\S)"
+)
 _FINISHED = re.compile(r".*[.!?:;…。！？：；|][\"'”’)\]*_]*\s*$")
 _WRAPPED = 50  # characters: a shorter line was not cut by a margin
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_SPACE = re.compile(r"\s")
+# Quotes, brackets and Markdown's emphasis
+_CLOSING = re.compile(r"[\"'”’»)\]*_]+(?=\s|$)")
 
 
 def sentence_spans(text: str, language: str = "en") -> list[Span]:
     """Ranges of the sentences of a text, without white space around them.
 
     A line ends a sentence, unless it is long and the next goes on in lower case, as in
-    prose wrapped at a margin. Items of a list are sentences, and so is every line of code (fenced,
-    indented by four, or ending in ``;``, ``{`` or ``}``). Within a line, the library
-    sentencex decides, which knows abbreviations and decimal points.
+    prose wrapped at a margin. Items of a list are sentences, and so is every line of
+    code (fenced, indented by four, or ending in ``;``, ``{`` or ``}``). Within a line,
+    the library sentencex decides, which knows abbreviations and decimal points.
 
     Args:
         text (str): the text.
@@ -244,12 +289,16 @@ def _blocks(text: str) -> Iterator[tuple[int, int, bool]]:
 def _split_prose(text: str, start: int, stop: int, language: str) -> Iterator[Span]:
     bullet = _BULLET.match(text, start, stop)
     body = bullet.end() if bullet else start
-    # Same length, so that ranges stay: sentencex takes no lone surrogates.
-    block = _SURROGATE.sub(_REPLACEMENT, text[body:stop])
-    block = block.replace("\n", " ").replace("\r", " ")
-    for number, found in enumerate(sentencex.get_sentence_boundaries(language, block)):
-        first = start if number == 0 else body + int(found["start_index"])
-        yield first, body + int(found["end_index"])
+    # Same length, so that ranges stay: sentencex takes no lone surrogates, and sees no
+    # end of a sentence before white space other than the usual.
+    block = _SURROGATE.sub(_REPLACEMENT, _SPACE.sub(" ", text[body:stop]))
+    first = start
+    for found in sentencex.get_sentence_boundaries(language, block):
+        end = int(found["end_index"])
+        closing = _CLOSING.match(block, end)
+        last = max(first, body + (closing.end() if closing else end))
+        yield first, last
+        first = last
 
 
 def _trim(text: str, start: int, stop: int) -> Span | None:

@@ -1,9 +1,12 @@
-"""What a node of the graph is: tokens, words, sentences or spans, as groups of tokens."""
+"""What a node of the graph is: a token, word, sentence or span, made of tokens."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
+from operator import index
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -119,7 +122,7 @@ def _ranges(found: Iterable[object], where: str) -> list[Span]:
     spans: list[Span] = []
     for item in found:
         try:
-            start, stop = (int(end) for end in item)  # type: ignore[attr-defined]
+            start, stop = (_position(end) for end in item)  # type: ignore[attr-defined]
         except (TypeError, ValueError):
             raise TypeError(
                 f"{where}: a range must be a pair (start, stop) of characters, not "
@@ -132,13 +135,19 @@ def _ranges(found: Iterable[object], where: str) -> list[Span]:
             )
         spans.append((start, stop))
     spans.sort()
-    for (_, end), (start, stop) in zip(spans, spans[1:], strict=False):
+    for (_, end), (start, stop) in pairwise(spans):
         if start < end:
             raise ValueError(
                 f"{where}: the range ({start}, {stop}) begins before the one ahead of "
                 f"it ends, at {end}. Pass ranges that do not overlap."
             )
     return spans
+
+
+def _position(end: object) -> int:
+    if isinstance(end, bool | np.bool_):
+        raise TypeError
+    return index(end)  # type: ignore[arg-type]
 
 
 def group_tokens(
@@ -153,9 +162,10 @@ def group_tokens(
     """Group the tokens of a text into units.
 
     A token belongs to the range in which its first visible character lies. Tokens of
-    white space go with the token before. Special tokens are units of their own, and
-    text that no range covers makes units of its own, so that nothing is lost. Ranges
-    that you give may cover special tokens.
+    white space go with the token before, or with the one after where that is special,
+    not attributed or beyond a break. Special tokens are units of their own, and text
+    that no range covers makes units of its own, so that nothing is lost. Ranges that
+    you give may cover special tokens and breaks.
 
     Args:
         tokens (TokenText): the text and the range of each token.
@@ -173,8 +183,9 @@ def group_tokens(
         Units: the units in reading order.
 
     Raises:
-        ValueError: if a range lies outside the text or covers no token, or a function
-            returns ranges that overlap.
+        TypeError: if a function returns something else than ranges.
+        ValueError: if a range lies outside the text or covers no attributed token, or a
+            function returns ranges that overlap.
     """
     count = len(tokens)
     if attributed is None:
@@ -187,27 +198,30 @@ def group_tokens(
     given = not isinstance(units, str) and not callable(units)
     if given:
         spans = _ranges(units, "units")  # type: ignore[arg-type]
-        if spans and spans[-1][1] > len(tokens.text):
-            raise ValueError(
-                f"units: the range {spans[-1]} ends after the {side} text, which has "
-                f"{len(tokens.text)} characters. Pass ranges within the text."
-            )
-        special = np.zeros(count, dtype=bool)
+        _check_end(spans, len(tokens.text), f"the {side} text")
     else:
         segment = NAMED[units] if isinstance(units, str) else units
         spans = _segmented(tokens, segment, special, breaks)  # type: ignore[arg-type]
 
-    keys = _keys(tokens, spans, special)
+    keys = _keys(tokens, spans, attributed, special, breaks)
     if given:
-        covered = {key for key in keys if key >= 0}
+        covered = {key for key, chosen in zip(keys, attributed, strict=True) if chosen}
         missed = [span for i, span in enumerate(spans) if i not in covered]
         if missed:
             text = tokens.text[slice(*missed[0])]
             raise ValueError(
                 f"units: the range {missed[0]}, {text!r}, covers no whole token of the "
-                f"{side} text. Widen it to where a token begins."
+                f"{side} text that is attributed. Widen it to where a token begins."
             )
     return _numbered(tokens, keys, attributed, special, generated)
+
+
+def _check_end(spans: Sequence[Span], length: int, what: str) -> None:
+    if spans and spans[-1][1] > length:
+        raise ValueError(
+            f"units: the range {spans[-1]} ends after {what}, which has {length} "
+            "characters. Pass ranges within the text."
+        )
 
 
 def _token_units(
@@ -232,50 +246,69 @@ def _segmented(
     breaks: Sequence[int],
 ) -> list[Span]:
     """Ranges that the function finds between special tokens and breaks."""
-    cuts = {0, len(tokens.text), *breaks}
-    for i in np.flatnonzero(special):
-        cuts.update(tokens.offsets[i])
+    alone = {tokens.offsets[i] for i in np.flatnonzero(special)}
+    cuts = {0, len(tokens.text), *breaks, *chain.from_iterable(alone)}
     ends = sorted(cut for cut in cuts if 0 <= cut <= len(tokens.text))
     spans: list[Span] = []
-    for start, stop in zip(ends, ends[1:], strict=False):
-        found = segment(tokens.text[start:stop])
-        spans.extend(shifted(_ranges(found, "units"), start))
+    for start, stop in pairwise(ends):
+        if (start, stop) not in alone:
+            found = _ranges(segment(tokens.text[start:stop]), "units")
+            _check_end(found, stop - start, "the stretch of text it was found in")
+            spans.extend(shifted(found, start))
     return spans
 
 
 def _keys(
-    tokens: TokenText, spans: Sequence[Span], special: npt.NDArray[np.bool_]
+    tokens: TokenText,
+    spans: Sequence[Span],
+    attributed: npt.NDArray[np.bool_],
+    special: npt.NDArray[np.bool_],
+    breaks: Sequence[int],
 ) -> list[int]:
-    """Range of each token; below zero, a stretch that no range covers.
-
-    A token without a visible character goes with the token before, or else with the
-    one after, unless that is a special token.
-    """
+    """Number of each token's range; below zero, of a stretch that no range covers."""
     count = len(tokens)
     keys: list[int | None] = [None] * count
-    current = 0
+    sections: list[int] = []  # how many breaks stand before each token
+    alone: set[int] = set()  # keys of special tokens
+    passed = 0  # ranges that end before the token
     stretch = -1
+    section = 0
+    ends = sorted(breaks)
     for i, (start, stop) in enumerate(tokens.offsets):
-        shown = tokens.text[start:stop]
-        visible = stop - len(shown.lstrip())
-        if special[i]:
-            keys[i] = stretch - 1
-            stretch -= 2
-        elif visible < stop:
-            while current < len(spans) and spans[current][1] <= visible:
-                current += 1
-                stretch -= 1
-            inside = current < len(spans) and spans[current][0] <= visible
-            keys[i] = current if inside else stretch
-    for i in range(1, count):
-        if keys[i] is None and not special[i - 1]:
-            keys[i] = keys[i - 1]
-    for i in reversed(range(count)):
-        if keys[i] is None and i + 1 < count and not special[i + 1]:
-            keys[i] = keys[i + 1]
-        elif keys[i] is None:
+        visible = stop - len(tokens.text[start:stop].lstrip())
+        sections.append(bisect_right(ends, visible if visible < stop else start))
+        if visible == stop and not special[i]:
+            continue
+        while passed < len(spans) and spans[passed][1] <= visible:
+            passed += 1
             stretch -= 1
-            keys[i] = stretch
+        if passed < len(spans) and spans[passed][0] <= visible < stop:
+            keys[i] = passed
+            continue
+        if special[i] or stretch in alone or sections[i] > section:
+            stretch -= 1
+        if special[i]:
+            alone.add(stretch)
+        section = sections[i]
+        keys[i] = stretch
+
+    def joins(i: int, neighbour: int) -> bool:
+        """Whether a token of white space goes with the one beside it."""
+        return (
+            0 <= neighbour < count
+            and keys[neighbour] not in {None, *alone}
+            and sections[i] == sections[neighbour]
+            and bool(attributed[neighbour] or not attributed[i])
+        )
+
+    blank = [i for i in range(count) if keys[i] is None]
+    for i in blank:
+        if joins(i, i - 1):
+            keys[i] = keys[i - 1]
+    for i in reversed(blank):
+        if keys[i] is None:
+            stretch -= 1
+            keys[i] = keys[i + 1] if joins(i, i + 1) else stretch
     return [key for key in keys if key is not None]
 
 
@@ -289,7 +322,7 @@ def _numbered(
     """Units from keys, in order of first appearance."""
     groups = np.full(len(keys), FIXED, dtype=np.int64)
     order: dict[int, int] = {}
-    for i in np.flatnonzero(attributed):
+    for i in np.flatnonzero(attributed).tolist():
         groups[i] = order.setdefault(keys[i], len(order))
     units = []
     for number in range(len(order)):
@@ -300,6 +333,6 @@ def _numbered(
         if text.strip():
             stop -= len(text) - len(text.rstrip())
             start += len(text) - len(text.lstrip())
-        alone = bool(special[members[0]])
+        alone = bool(special[members].all())
         units.append(Unit(tokens.text[start:stop], generated, (start, stop), alone))
     return Units(tuple(units), groups)

@@ -28,10 +28,10 @@ ITEMS = tuple(
     "apples balls books cards coins cups hats keys "
     "kites maps pens rings shells stamps stones toys".split()
 )
-ORDINALS = ("first", "second")
+ORDINALS = ("first", "second", "third")
 
+_KIND_OF = {1: "one_question", 2: "two_questions", 3: "three_questions"}
 _HELD_OUT_SHARE = 8  # one prompt of eight is never trained on
-_REUSE = 0.25  # how often a later story takes an item or a person met before
 _EXTEND = 0.25  # how often a chain goes on beyond the person asked for
 
 
@@ -160,19 +160,43 @@ def sample_problems(
         questions = {"one_question": 1, "two_questions": 2}.get(kind)
         if questions is None:
             questions = rng.randint(1, 2)
-        problem = _draw(rng, questions, smallest=1 if split == "train" else 2)
-        if _is_held_out(problem.prompt) == (split == "held_out"):
+        problem = draw_problem(rng, questions, smallest=1 if split == "train" else 2)
+        if is_held_out(problem.prompt) == (split == "held_out"):
             problems.append(problem)
     return tuple(problems)
 
 
-def _is_held_out(prompt: str) -> bool:
+def is_held_out(prompt: str) -> bool:
+    """Whether a prompt belongs to the part that the demo model is not trained on."""
     return zlib.crc32(prompt.encode()) % _HELD_OUT_SHARE == 0
 
 
-def _draw(rng: random.Random, questions: int, smallest: int) -> Problem:
-    """One problem: stories, some of them asked about, in shuffled sentences."""
-    n_facts = rng.randint(6, 9)
+def draw_problem(
+    rng: random.Random,
+    questions: int,
+    *,
+    facts: tuple[int, int] = (6, 9),
+    same_item: float = 0.25,
+    same_person: float = 0.25,
+    smallest: int = 1,
+) -> Problem:
+    """One problem, of either part: chains of facts, some of them asked about.
+
+    Args:
+        rng (random.Random): where the draw comes from.
+        questions (int): number of questions, 1 to 3.
+        facts (tuple[int, int], optional): fewest and most facts, where the questions do
+            not need more. Default: ``(6, 9)``
+        same_item (float, optional): how often a later chain is about an item met
+            before, from 0 to 1. Default: ``0.25``
+        same_person (float, optional): how often a later fact is about a person met
+            before, with another item. Default: ``0.25``
+        smallest (int, optional): smallest number in a fact. Default: ``1``
+
+    Returns:
+        Problem: the problem.
+    """
+    n_facts = rng.randint(*facts)
     asked = [rng.randint(1, 2) for _ in range(questions)]  # relations up to the answer
     lengths = [relations + 1 for relations in asked]
     for question in range(questions):
@@ -180,13 +204,13 @@ def _draw(rng: random.Random, questions: int, smallest: int) -> Problem:
             lengths[question] += 1
     while sum(lengths) < n_facts:
         lengths.append(min(rng.choice((1, 2, 2, 3, 3)), n_facts - sum(lengths)))
-    stories = _draw_stories(rng, lengths, smallest)
+    stories = _draw_stories(rng, lengths, same_item, same_person, smallest)
 
-    facts = [fact for story in stories for fact in story]
-    rng.shuffle(facts)
+    told = [fact for story in stories for fact in story]
+    rng.shuffle(told)
     ranges: dict[_Fact, Span] = {}
     prompt = ""
-    for fact in facts:
+    for fact in told:
         start = len(prompt) + bool(prompt)
         prompt += " " * bool(prompt) + fact.sentence()
         ranges[fact] = (start, len(prompt))
@@ -221,15 +245,19 @@ def _draw(rng: random.Random, questions: int, smallest: int) -> Problem:
     return Problem(
         prompt=prompt,
         completion=completion,
-        facts=tuple(ranges[fact] for fact in facts),
+        facts=tuple(ranges[fact] for fact in told),
         answers=tuple(answers),
         steps=tuple(steps),
-        kind=KINDS[questions - 1],
+        kind=_KIND_OF[questions],
     )
 
 
 def _draw_stories(
-    rng: random.Random, lengths: list[int], smallest: int
+    rng: random.Random,
+    lengths: list[int],
+    same_item: float,
+    same_person: float,
+    smallest: int,
 ) -> list[list[_Fact]]:
     """Chains of facts, one per length, each about one item.
 
@@ -240,14 +268,14 @@ def _draw_stories(
     for length in lengths:
         items = sorted({item for _, item in taken})
         new_items = [item for item in ITEMS if item not in items]
-        item = rng.choice(items if items and rng.random() < _REUSE else new_items)
+        item = rng.choice(items if items and rng.random() < same_item else new_items)
         story: list[_Fact] = []
         other: str | None = None
         for _ in range(length):
             met = {person for person, _ in taken}
             old = sorted(person for person in met if (person, item) not in taken)
             new = [person for person in NAMES if person not in met]
-            person = rng.choice(old if old and rng.random() < _REUSE else new)
+            person = rng.choice(old if old and rng.random() < same_person else new)
             taken.add((person, item))
             story.append(_Fact(person, item, rng.randint(smallest, 9), other))
             other = person
@@ -263,7 +291,7 @@ def _questions(chains: list[list[_Fact]]) -> list[str]:
         return ["H" + plain[0][1:]]
     return [
         f"{ordinal.capitalize()}, {question}"
-        for ordinal, question in zip(ORDINALS, plain, strict=True)
+        for ordinal, question in zip(ORDINALS, plain, strict=False)
     ]
 
 

@@ -1,0 +1,818 @@
+"""The command line: explain what a model generated, or show a saved explanation.
+
+Results go to stdout; progress, notes and errors go to stderr.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, TextIO
+
+import torch
+import transformers
+import typer
+from captum.attr import (
+    FeatureAblation,
+    KernelShap,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    Lime,
+    LLMAttribution,
+    LLMGradientAttribution,
+    ShapleyValues,
+    ShapleyValueSampling,
+)
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.core import TyperGroup
+
+from captum_cage._captum import DEFAULT_GEN_ARGS
+from captum_cage._checks import complaint
+from captum_cage._version import __version__
+from captum_cage.attribution import GraphContextAttribution
+from captum_cage.demo import load_demo, sample_problems
+from captum_cage.inputs import ChatTokenInput, TokenIdsInput
+from captum_cage.result import GraphAttributionResult
+from captum_cage.spans import Explain
+from captum_cage.terminal import TerminalView, harmless
+from captum_cage.text import Span, special_ids
+
+__all__ = ["app", "main"]
+
+PROGRAM = "captum-cage"
+DEMO = "demo"  # the name of the model in the package
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+# --- the program -----------------------------------------------------------------------
+
+
+class _Commands(TyperGroup):
+    """Commands whose errors are one line on stderr and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        try:
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted")
+            raise typer.Exit(INTERRUPTED) from None
+        except BrokenPipeError:
+            raise
+        except (OSError, TypeError, ValueError) as error:
+            if ctx.params.get("traceback") or not _is_users(error):
+                raise
+            _say(f"error: {error}")
+            raise typer.Exit(USER_ERROR) from None
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether a file is at fault, or an argument by our own checks."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    raised_in = str(frame.f_globals.get("__name__"))
+    return isinstance(error, OSError) or raised_in.split(".")[0] == __package__
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    del category, filename, lineno, file, line
+    _say(f"warning: {message}")
+
+
+def _say(text: str) -> None:
+    """One line on stderr."""
+    line = harmless(" ".join(str(text).split()), one_line=True)
+    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+
+
+app = typer.Typer(
+    name=PROGRAM,
+    cls=_Commands,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=(
+        "Examples:\n\n"
+        "captum-cage demo\n\n"
+        "captum-cage explain --model demo --prompt @problem.txt --explain 'The answer'\n\n"
+        "captum-cage show result.npz --explain -1\n\n"
+        "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, "
+        "130 interrupted."
+    ),
+)
+
+
+def main() -> None:
+    """Run the command line, as the installed program does."""
+    app(prog_name=PROGRAM)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"{PROGRAM} {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and stop.",
+        ),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show where an error was raised.")
+    ] = False,
+) -> None:
+    """Explain text that a language model generated, through the text it wrote before.
+
+    Every generated unit is attributed to the prompt and to the units generated before
+    it; the mass of all paths is followed back to the prompt.
+
+    Results go to stdout; progress, notes and errors go to stderr.
+    """
+    del version, traceback  # read by _Commands and by the callback
+
+
+# --- options ---------------------------------------------------------------------------
+
+_OUTPUT = "Output"
+_MODEL = "Model"
+_METHOD = "Method"
+
+
+class _Units(str, Enum):
+    token = "token"
+    word = "word"
+    sentence = "sentence"
+
+
+class _Normalization(str, Enum):
+    positive = "positive"
+    absolute = "absolute"
+    signed = "signed"
+
+
+class _Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class _Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class _Kind(str, Enum):
+    one_question = "one_question"
+    two_questions = "two_questions"
+
+
+ExplainOption = Annotated[
+    str | None,
+    typer.Option(
+        "--explain",
+        metavar="SPAN",
+        help="What to explain: a text in the generated text (its last occurrence), the "
+        "number of a generated unit (-1 is the last), START:STOP of them, or a pattern "
+        "as /REGEX/. Default: all but special tokens at the end.",
+    ),
+]
+TopOption = Annotated[
+    int,
+    typer.Option(
+        "--top", min=0, help="Sources to list, and units to label.", rich_help_panel=_OUTPUT
+    ),
+]
+PathsOption = Annotated[
+    int, typer.Option("--paths", min=0, help="Paths to show.", rich_help_panel=_OUTPUT)
+]
+WidthOption = Annotated[
+    int | None,
+    typer.Option(
+        "--width",
+        min=20,
+        help="Columns to use. Default: those of the terminal.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+JsonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--json",
+        metavar="FILE",
+        help="Write all numbers to this file; to stdout, and nothing else, for a dash.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+SaveOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--save",
+        metavar="FILE",
+        help="Save the result, for captum-cage show or for Python.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+QuietOption = Annotated[
+    bool,
+    typer.Option(
+        "--quiet",
+        "-q",
+        help="Print errors only; write the files.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
+NoProgressOption = Annotated[
+    bool,
+    typer.Option("--no-progress", help="No progress bars.", rich_help_panel=_OUTPUT),
+]
+
+
+# --- output ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Output:
+    """Where a result goes, and how much is said."""
+
+    top: int
+    paths: int
+    width: int | None
+    json: str | None
+    save: Path | None
+    quiet: bool
+    no_progress: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse files that could not be written, before anything is computed."""
+        to_json = Path(self.json) if self.json not in (None, "-") else None
+        for option, path in (("--json", to_json), ("--save", self.save)):
+            if path is not None and (path.is_dir() or not path.parent.is_dir()):
+                came = "it is a folder" if path.is_dir() else "its folder does not exist"
+                raise ValueError(
+                    complaint(
+                        option,
+                        "must name a file that can be written",
+                        f"{str(path)!r} came and {came}",
+                        "Name another file.",
+                    )
+                )
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether progress bars are welcome."""
+        return not (self.quiet or self.no_progress) and sys.stderr.isatty()
+
+    def note(self, text: str) -> None:
+        """Say something on stderr, unless quiet."""
+        if not self.quiet:
+            _say(text)
+
+    def write(
+        self,
+        result: GraphAttributionResult,
+        seconds: float | None = None,
+        truth: Collection[Span] = (),
+    ) -> None:
+        """Write the files, then print the result."""
+        if self.save is not None:
+            result.save(self.save)
+        if self.json is not None:
+            text = json.dumps(result.to_dict(), allow_nan=False) + "\n"
+            if self.json == "-":
+                sys.stdout.write(text)
+                return
+            Path(self.json).write_text(text, encoding="utf-8")
+        if not self.quiet:
+            view = TerminalView(result, self.top, self.paths, seconds, truth)
+            _console(self.width).print(view)
+
+
+def _console(width: int | None) -> Console:
+    """A console on stdout; without any escape code where colour is not wanted."""
+    # Where NO_COLOR is set, rich leaves out colours but not bold and underlined text.
+    if os.environ.get("NO_COLOR"):
+        return Console(width=width, color_system=None)
+    return Console(width=width)
+
+
+# --- captum-cage demo ------------------------------------------------------------------
+
+
+@app.command(
+    epilog=(
+        "Examples:\n\n"
+        "captum-cage demo\n\n"
+        "captum-cage demo --seed 7 --kind one_question\n\n"
+        "captum-cage demo --json - | python -m json.tool"
+    )
+)
+def demo(
+    seed: Annotated[int, typer.Option("--seed", help="Which problem.")] = 0,
+    kind: Annotated[
+        _Kind, typer.Option("--kind", help="Kind of problem.")
+    ] = _Kind.two_questions,
+    top: TopOption = 8,
+    paths: PathsOption = 2,
+    width: WidthOption = None,
+    json_file: JsonOption = None,
+    save: SaveOption = None,
+    quiet: QuietOption = False,
+    no_progress: NoProgressOption = False,
+) -> None:
+    """Let a small model solve a word problem, and explain its last answer.
+
+    The model is part of the package, so nothing is downloaded. It has never seen the
+    problem. The facts that the answer truly depends on are known and marked.
+    """
+    output = _Output(top, paths, width, json_file, save, quiet, no_progress)
+    problem = sample_problems(1, seed, kind.value)[0]
+    model, tokenizer = load_demo()
+    start = time.perf_counter()
+    cage = GraphContextAttribution(LLMAttribution(FeatureAblation(model), tokenizer))
+    result = cage.attribute(
+        TokenIdsInput(tokenizer(problem.prompt).input_ids, tokenizer),
+        units="sentence",
+        gen_args=_gen_args(None),
+        show_progress=output.shows_progress,
+    )
+    answer = problem.answers[-1]
+    if problem.completion.strip() in result.generated_text:
+        result = result.explaining(answer.text)
+    else:
+        output.note(
+            "note: the model got this one wrong. Right is: " + problem.completion.strip()
+        )
+        result = result.explaining(_last_visible(result))
+    output.write(result, time.perf_counter() - start, truth=answer.facts)
+
+
+def _gen_args(max_new_tokens: int | None) -> dict[str, Any]:
+    """Greedy generation; as long as the model's own settings say, for None."""
+    arguments = dict(DEFAULT_GEN_ARGS)
+    del arguments["max_new_tokens"]
+    if max_new_tokens is not None:
+        arguments["max_new_tokens"] = max_new_tokens
+    return arguments
+
+
+def _last_visible(result: GraphAttributionResult) -> int:
+    """Position of the last generated unit that is no special token."""
+    steps = [unit for unit in result.units if unit.generated]
+    return max((i for i, unit in enumerate(steps) if not unit.special), default=0)
+
+
+# --- captum-cage explain ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Method:
+    """A base method, and how many evaluations it can be told to take."""
+
+    captum_class: type[Any]
+    counted: str | None = None  # the argument that says how many
+    gradient: bool = False
+    needs: str | None = None  # an optional package
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+METHODS = {
+    "ablation": _Method(FeatureAblation),
+    "shapley-sampling": _Method(ShapleyValueSampling, "n_samples"),
+    "shapley": _Method(ShapleyValues),
+    "lime": _Method(Lime, "n_samples", needs="sklearn"),
+    "kernel-shap": _Method(KernelShap, "n_samples", needs="sklearn"),
+    "integrated-gradients": _Method(
+        LayerIntegratedGradients,
+        "n_steps",
+        gradient=True,
+        # All steps at once would be steps x tokens x vocabulary numbers.
+        kwargs=(("internal_batch_size", 8),),
+    ),
+    "gradient-x-activation": _Method(LayerGradientXActivation, gradient=True),
+}
+
+
+@app.command(
+    epilog=(
+        "Examples:\n\n"
+        "captum-cage explain --model demo --prompt 'Ana has 3 pens. Leo has 5 cups. Mia "
+        "has 4 more pens than Ana. How many pens does Mia have?'\n\n"
+        "captum-cage explain --model Qwen/Qwen2.5-0.5B-Instruct --chat --prompt "
+        "@question.txt --explain '/answer is .*/' --save result.npz\n\n"
+        "captum-cage explain --model gpt2 --prompt @prompt.txt --target @output.txt "
+        "--units word --method integrated-gradients --json - > result.json\n\n"
+        "echo 'Why is the sky blue?' | captum-cage explain --model gpt2 --prompt - "
+        "--units token --max-new-tokens 20"
+    )
+)
+def explain(
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="NAME_OR_PATH",
+            help="A causal language model: a folder, a name on the Hugging Face hub, or "
+            "demo for the model in the package.",
+        ),
+    ],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            "--prompt",
+            metavar="TEXT|@FILE|-",
+            help="The prompt: a text, @ and the name of a file, or a dash for stdin. One "
+            "newline at the end of a file is dropped. @@ stands for a plain @.",
+        ),
+    ],
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target",
+            metavar="TEXT|@FILE",
+            help="The generated text. Default: the model generates it, greedily.",
+        ),
+    ] = None,
+    explain: ExplainOption = None,
+    chat: Annotated[
+        bool,
+        typer.Option("--chat", help="Send the prompt through the model's chat template."),
+    ] = False,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system",
+            metavar="TEXT|@FILE",
+            help="A system message, for --chat. It is read and not attributed.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", min=1, help="Longest text to generate.")
+    ] = 100,
+    units: Annotated[
+        _Units,
+        typer.Option(
+            "--units",
+            help="What is attributed, in prompt and generated text. Fewer units take "
+            "less time.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = _Units.sentence,
+    method: Annotated[
+        str,
+        typer.Option(
+            "--method",
+            help=f"The base method: {', '.join(METHODS)}, or the name of its Captum class.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = "ablation",
+    normalization: Annotated[
+        _Normalization,
+        typer.Option(
+            "--normalization",
+            help="How attributions become shares.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = _Normalization.positive,
+    samples: Annotated[
+        int | None,
+        typer.Option(
+            "--samples",
+            min=1,
+            help="Samples per generated unit, for shapley-sampling, lime and kernel-shap.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            "--steps",
+            min=1,
+            help="Steps of the integral, for integrated-gradients.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            "--baseline",
+            metavar="TOKEN",
+            help="The token that stands for an absent one. Default: the tokenizer's "
+            "unknown, end or padding token, the first that it has.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            "--seed", help="Seed of the methods that sample.", rich_help_panel=_METHOD
+        ),
+    ] = 0,
+    device: Annotated[
+        _Device,
+        typer.Option(
+            "--device", help="auto: a GPU if there is one.", rich_help_panel=_MODEL
+        ),
+    ] = _Device.auto,
+    dtype: Annotated[
+        _Dtype,
+        typer.Option(
+            "--dtype",
+            help="auto: float32 on the CPU, the model's own on a GPU.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = _Dtype.auto,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option(
+            "--trust-remote-code",
+            help="Run Python code that comes with the model.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = False,
+    top: TopOption = 8,
+    paths: PathsOption = 3,
+    width: WidthOption = None,
+    json_file: JsonOption = None,
+    save: SaveOption = None,
+    quiet: QuietOption = False,
+    no_progress: NoProgressOption = False,
+) -> None:
+    """Explain what a language model generates, or a text that you give.
+
+    Special tokens of the prompt, and in a chat everything but the user's message, are
+    read by the model and not attributed.
+    """
+    output = _Output(top, paths, width, json_file, save, quiet, no_progress)
+    base = _chosen_method(method)
+    kwargs = _method_kwargs(base, samples, steps)
+    span = _span(explain)
+    if system is not None and not chat:
+        raise ValueError("--system: is a message of a chat, so it needs --chat. Add it.")
+    if [prompt, target, system].count("-") > 1:
+        raise ValueError("--prompt: stdin can be read once. Put the other text in a file.")
+    texts = [
+        None if value is None else _text(option, value)
+        for option, value in (
+            ("--prompt", prompt),
+            ("--target", target),
+            ("--system", system),
+        )
+    ]
+    place = _place(device)
+    output.note(f"loading {model}")
+    if not output.shows_progress:
+        transformers.utils.logging.disable_progress_bar()
+    network, tokenizer = _load(model, place, dtype, trust_remote_code)
+    inp = _input(str(texts[0]), texts[2], chat, baseline, tokenizer)
+    output.note(
+        f"explaining with {base.captum_class.__name__} on {place}, in {units.value} units"
+    )
+    transformers.set_seed(seed)
+    start = time.perf_counter()
+    cage = GraphContextAttribution(
+        _attribution_object(base, network, tokenizer), normalization=normalization.value
+    )
+    result = cage.attribute(
+        inp,
+        target=texts[1],
+        units=units.value,
+        gen_args=_gen_args(max_new_tokens) if texts[1] is None else None,
+        show_progress=output.shows_progress,
+        **kwargs,
+    )
+    result = result.explaining((0, _last_visible(result) + 1) if span is None else span)
+    if result.graph.n_sources == 1:
+        output.note(
+            "note: the prompt is one unit, so all of the mass goes there. Smaller units "
+            "tell more: --units word, or --units token."
+        )
+    output.write(result, time.perf_counter() - start)
+
+
+def _chosen_method(name: str) -> _Method:
+    for known, method in METHODS.items():
+        if name.lower() in (known, method.captum_class.__name__.lower()):
+            if method.needs is not None and find_spec(method.needs) is None:
+                raise ValueError(
+                    f"--method: {known} needs the package {method.needs}, which is not "
+                    f"installed. Run: pip install captum-cage[{method.needs}]"
+                )
+            return method
+    raise ValueError(
+        complaint(
+            "--method",
+            f"must be one of {', '.join(METHODS)}, or the name of its Captum class",
+            f"{name!r} came",
+            "Pass one of these.",
+        )
+    )
+
+
+def _method_kwargs(
+    method: _Method, samples: int | None, steps: int | None
+) -> dict[str, Any]:
+    kwargs = dict(method.kwargs)
+    given = (("--samples", "n_samples", samples), ("--steps", "n_steps", steps))
+    for option, argument, count in given:
+        if count is None:
+            continue
+        if argument != method.counted:
+            name = method.captum_class.__name__
+            takers = (k for k, m in METHODS.items() if m.counted == argument)
+            raise ValueError(
+                f"{option}: {name} does not take it. It is for {', '.join(takers)}. "
+                "Leave it out, or choose another --method."
+            )
+        kwargs[argument] = count
+    return kwargs
+
+
+def _attribution_object(
+    method: _Method, model: Any, tokenizer: Any
+) -> LLMAttribution | LLMGradientAttribution:
+    if method.gradient:
+        embeddings = model.get_input_embeddings()
+        return LLMGradientAttribution(method.captum_class(model, embeddings), tokenizer)
+    return LLMAttribution(method.captum_class(model), tokenizer)
+
+
+def _span(text: str | None) -> Explain:
+    """What ``--explain`` means, in a form that ``explaining`` takes."""
+    if text is None:
+        return None
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    if ends := re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
+        return slice(*(None if end is None else int(end) for end in ends.groups()))
+    if len(text) > 1 and text[0] == text[-1] == "/":
+        try:
+            return re.compile(text[1:-1])
+        except re.error as error:
+            raise ValueError(
+                complaint(
+                    "--explain",
+                    "a text between slashes must be a regular expression",
+                    f"{text!r} came ({error})",
+                    "Escape what is meant as it is, for example \\( for a bracket.",
+                )
+            ) from error
+    return text
+
+
+def _text(option: str, value: str) -> str:
+    """A text as it stands, of a file (``@FILE``), or of stdin (``-``)."""
+    if value.startswith("@@"):
+        return value[1:]
+    if value != "-" and not value.startswith("@"):
+        return value
+    try:
+        if value == "-":
+            content = sys.stdin.buffer.read()
+        else:
+            content = Path(value[1:]).expanduser().read_bytes()
+        text = content.decode("utf-8").replace("\r\n", "\n")
+    except OSError as error:
+        raise ValueError(
+            complaint(
+                option,
+                "must name a file that can be read",
+                f"{value!r} came ({error.strerror})",
+                "For a text that begins with @, write @@.",
+            )
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            complaint(
+                option,
+                "must be a text in UTF-8",
+                f"{value!r} is not ({error.reason} at byte {error.start})",
+                "Convert it first.",
+            )
+        ) from error
+    return text.removesuffix("\n")
+
+
+def _place(device: _Device) -> str:
+    if device is _Device.cuda and not torch.cuda.is_available():
+        raise ValueError(
+            "--device: must be there, but torch finds no CUDA device. Use --device cpu."
+        )
+    if device is _Device.auto:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return device.value
+
+
+def _load(name: str, place: str, dtype: _Dtype, trust_remote_code: bool) -> Any:
+    """A model in evaluation mode, and its tokenizer."""
+    number_type: torch.dtype | str
+    if dtype is _Dtype.auto:
+        number_type = torch.float32 if place == "cpu" else "auto"
+    else:
+        number_type = getattr(torch, dtype.value)
+    if name == DEMO:
+        model, tokenizer = load_demo()
+        own = torch.float32 if number_type == "auto" else number_type
+        return model.to(place, own), tokenizer
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    argument = "dtype" if version >= (4, 56) else "torch_dtype"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            name, trust_remote_code=trust_remote_code, **{argument: number_type}
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        # The first sentence or two say what is wrong; the rest are pages of advice.
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        remedy = "Check the name, the path and the network."
+        if "trust_remote_code" in reason:
+            remedy = "If you trust it, pass --trust-remote-code."
+        raise ValueError(
+            f"--model: {name!r} could not be loaded. {remedy} transformers says: {reason}"
+        ) from error
+    return model.to(place).eval(), tokenizer
+
+
+def _input(
+    prompt: str, system: str | None, chat: bool, baseline: str | None, tokenizer: Any
+) -> TokenIdsInput:
+    token: int | str = _absent(tokenizer) if baseline is None else baseline
+    if chat:
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return ChatTokenInput(messages, tokenizer, baselines=token)
+    ids = tokenizer(prompt).input_ids
+    special = special_ids(tokenizer)
+    attributed = [i not in special for i in ids]
+    return TokenIdsInput(ids, tokenizer, feature_mask=attributed, baselines=token)
+
+
+def _absent(tokenizer: Any) -> int:
+    """Id of the token that stands for an absent one."""
+    for name in ("unk", "eos", "pad"):
+        found = getattr(tokenizer, f"{name}_token_id", None)
+        if found is not None:
+            return int(found)
+    return 0
+
+
+# --- captum-cage show ------------------------------------------------------------------
+
+
+@app.command(
+    epilog=(
+        "Examples:\n\n"
+        "captum-cage show result.npz\n\n"
+        "captum-cage show result.npz --explain 'so she sells 9' --paths 10"
+    )
+)
+def show(
+    file: Annotated[Path, typer.Argument(help="A result that was saved.")],
+    explain: ExplainOption = None,
+    top: TopOption = 8,
+    paths: PathsOption = 3,
+    width: WidthOption = None,
+    json_file: JsonOption = None,
+    save: SaveOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Show a saved result, or explain another span of it, without the model."""
+    output = _Output(top, paths, width, json_file, save, quiet)
+    span = _span(explain)
+    result = GraphAttributionResult.load(file)
+    output.write(result if span is None else result.explaining(span))

@@ -1,0 +1,558 @@
+"""A result on a terminal: shaded texts, sources and paths, as rich renderables.
+
+Everything that colour says is said in characters too, so that a pipe, a file or a
+terminal without colour shows the same.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from rich import box
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from captum_cage.result import GraphAttributionResult
+from captum_cage.text import Span
+from captum_cage.units import Unit
+
+__all__ = ["TerminalView", "harmless"]
+
+Shares = npt.NDArray[np.float64]
+
+WIDEST = 160  # cells
+SIDE_BY_SIDE = 76  # cells; the two views stand one above the other below that
+WITH_BARS = 64  # cells; the table of sources has no bars below that
+
+# Shade by the part of the largest share on its side: (from, positive, negative). The
+# weakest shade colours the letters and the others the ground, so that the order holds
+# on dark and light terminals; orange and blue differ for colour-blind readers too.
+_SHADES = (
+    (0.50, "bold black on #ff9d2e", "bold white on #2f6fc4"),
+    (0.20, "black on #fdd9a0", "black on #b9d4f5"),
+    (0.05, "#d07000", "#3b82d6"),
+)
+_FIXED = "dim"  # text that is present but not attributed
+_EXPLAINED = ("bold underline", ">>", "<<")
+
+_LABELLED = 0.005  # shares that round to 0% get no label
+_WHOLE_TEXT = 1_600  # characters; longer texts are shown in parts
+_AROUND = 60  # characters that are kept around what matters
+_SHORT_UNIT = 12  # characters; the table shows such units with the words around them
+_LONGEST_PATH = 8  # units; longer paths are shown without their middle
+_BAR = 16  # cells
+
+# White space as it stands, and the joiners that scripts and emoji are written with.
+_LAYOUT = "\n\t"
+_JOINERS = "\u200c\u200d"
+
+
+def harmless(text: str, *, one_line: bool = False) -> str:
+    r"""A text in which no character can steer the terminal.
+
+    Control and format characters, bidirectional ones among them, and lone surrogates
+    are written as Python escapes. Newlines and tabs stay.
+
+    Args:
+        text (str): any text.
+        one_line (bool, optional): escape newlines and tabs too. Default: ``False``
+
+    Example:
+        >>> print(harmless("\x1b[31mred\r\n[bold]"))
+        \x1b[31mred
+        [bold]
+    """
+    kept = _JOINERS if one_line else _LAYOUT + _JOINERS
+    return "".join(
+        character
+        if character in kept
+        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else character.encode("unicode_escape").decode("ascii")
+        for character in (text if one_line else text.replace("\r\n", "\n"))
+    )
+
+
+@dataclass(frozen=True)
+class TerminalView:
+    """A result as it is shown on a terminal.
+
+    A rich renderable: ``rich.print(TerminalView(result))``. It shows prompt and
+    generated text twice, with the direct and with the marginalised attribution, then
+    the heaviest sources, the heaviest paths and what became of the mass. Shares are
+    parts of the explained mass.
+
+    Attributes:
+        result (GraphAttributionResult): what is shown.
+        top (int): number of sources that are listed, and of units that are labelled
+            in each text. Default: ``8``
+        paths (int): number of paths. Default: ``3``
+        seconds (float or None): how long it took, if that is to be shown.
+        truth (Collection[Span]): character ranges of the prompt that are known to
+            matter; sources that overlap with one are marked. Default: none
+    """
+
+    result: GraphAttributionResult
+    top: int = 8
+    paths: int = 3
+    seconds: float | None = None
+    truth: Collection[Span] = ()
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> RenderResult:
+        """Yield the parts, as wide as the console allows."""
+        width = min(options.max_width, WIDEST)
+        parts = [self._question(), self._texts(width), self._legend()]
+        if self.top:
+            parts.append(self._sources(width, "#" if options.ascii_only else "█"))
+        if self.paths:
+            parts.append(self._paths(width))
+        parts.append(self._facts())
+        for number, part in enumerate(parts):
+            if number:
+                yield ""
+            yield from console.render(part, options.update(width=width))
+
+    @cached_property
+    def _shares(self) -> _AllShares:
+        return _AllShares.of(self.result)
+
+    @cached_property
+    def _source_text(self) -> _Layout:
+        units = [unit for unit in self.result.units if not unit.generated]
+        return _Layout.of(self.result.source_text, units, ())
+
+    @cached_property
+    def _generated_text(self) -> _Layout:
+        units = [unit for unit in self.result.units if unit.generated]
+        return _Layout.of(self.result.generated_text, units, self.result.explained)
+
+    @property
+    def _signed(self) -> bool:
+        return self.result.graph.normalization == "signed"
+
+    # --- what is explained ----------------------------------------------------------
+
+    def _question(self) -> RenderableType:
+        chosen = self.result.explained
+        units = [unit for unit in self.result.units if unit.generated]
+        spans = [units[step].span for step in chosen]
+        contiguous = chosen[-1] - chosen[0] + 1 == len(chosen)
+        first, last = spans[0], spans[-1]
+        question = Text("Explained: ", "bold")
+        if contiguous and first is not None and last is not None:
+            text = self.result.generated_text[first[0] : last[1]]
+            question.append(_quoted(text, 160))
+        else:
+            question.append(f"{len(chosen)} of {len(units)} generated units")
+        return question
+
+    # --- the texts -----------------------------------------------------------------
+
+    def _texts(self, width: int) -> RenderableType:
+        shares = self._shares
+        views = (
+            ("direct: one step back", shares.direct, shares.direct_generated),
+            ("marginalised: along all paths", shares.marginal, shares.through),
+        )
+        layouts = (self._source_text, self._generated_text)
+        headings = (
+            ("prompt", "generated text"),
+            ("prompt", "generated text: what passes through"),
+        )
+        columns: list[list[RenderableType]] = []
+        shown = [
+            layout.shown([_labelled(layout.summed(view[1 + i]), self.top) for view in views])
+            for i, layout in enumerate(layouts)
+        ]
+        for number, (title, *both) in enumerate(views):
+            cells: list[RenderableType] = [Text(title, "bold")]
+            for i, layout in enumerate(layouts):
+                # The same scale in both views, so that they can be compared.
+                largest = max(float(np.abs(view[1 + i]).max(initial=0)) for view in views)
+                text = layout.render(
+                    both[i],
+                    labelled=_labelled(layout.summed(both[i]), self.top),
+                    shown=shown[i],
+                    largest=largest,
+                    signed=self._signed,
+                )
+                cells.append(Group(Text(headings[number][i], "dim italic"), text))
+            columns.append(cells)
+        if width < SIDE_BY_SIDE:
+            return Group(*(_framed([column]) for column in columns))
+        return _framed(columns)
+
+    def _legend(self) -> RenderableType:
+        return Text(">>explained<<  unit[share of the explained mass]", "dim")
+
+    # --- the sources ---------------------------------------------------------------
+
+    def _sources(self, width: int, block: str) -> RenderableType:
+        shares = self._shares
+        layout = self._source_text
+        direct, marginal = layout.summed(shares.direct), layout.summed(shares.marginal)
+        count = len(layout.stretches)
+        order = sorted(range(count), key=lambda i: (-abs(marginal[i]), -abs(direct[i])))
+        bars = width >= WITH_BARS
+        numbers = [len("direct"), len("marginalised")]
+        columns = [*([len("true fact")] if self.truth else []), *numbers]
+        columns += [_BAR] if bars else []
+        left = width - sum(columns) - 2 * len(columns)
+        texts = [layout.in_context(i, left) for i in order[: self.top]]
+        longest = max((text.cell_len for text in texts), default=0)
+        table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(
+            "Sources", no_wrap=True, overflow="ellipsis", width=min(longest, left)
+        )
+        if self.truth:
+            table.add_column("true fact", justify="center", no_wrap=True)
+        for title, cells in zip(("direct", "marginalised"), numbers, strict=True):
+            table.add_column(title, justify="right", no_wrap=True, min_width=cells)
+        if bars:
+            table.add_column("", width=_BAR)
+        largest = max(np.abs(marginal).max(initial=0.0), np.abs(direct).max(initial=0.0))
+        for i, text in zip(order, texts, strict=False):
+            row: list[RenderableType] = [text]
+            if self.truth:
+                row.append("*" if layout.overlaps(i, self.truth) else "")
+            row.append(_percent(direct[i], self._signed, digits=1))
+            row.append(Text(_percent(marginal[i], self._signed, digits=1), "bold"))
+            if bars:
+                length = round(_BAR * abs(marginal[i]) / largest) if largest else 0
+                row.append(Text(block * length, _bar_style(marginal[i])))
+            table.add_row(*row)
+        rest = order[self.top :]
+        if rest:
+            row = [Text(f"{len(rest)} more", "dim")]
+            if self.truth:
+                row.append("")
+            row.append(_percent(direct[rest].sum(), self._signed, digits=1))
+            row.append(_percent(marginal[rest].sum(), self._signed, digits=1))
+            table.add_row(*row, style="dim")
+        return table
+
+    # --- the paths -----------------------------------------------------------------
+
+    def _paths(self, width: int) -> RenderableType:
+        found = self.result.paths(self.paths)
+        chains = [[_quoted(text, 100) for text in path.texts] for path in found]
+        for chain in chains:
+            dropped = len(chain) - _LONGEST_PATH + 1
+            if dropped > 1:
+                chain[4 : 4 + dropped] = [f"... {dropped} units ..."]
+        lines = [Text(" <- ".join(chain)) for chain in chains]
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(justify="right", width=6, no_wrap=True)
+        table.add_column(overflow="fold")
+        on_one_line = all(line.cell_len <= width - 8 for line in lines)
+        for path, chain, line in zip(found, chains, lines, strict=True):
+            share = Text(_percent(path.share, self._signed, digits=1), "bold")
+            if on_one_line:
+                table.add_row(share, line)
+                continue
+            table.add_row(share, Text(chain[0]))
+            for text in chain[1:]:
+                table.add_row("", Padding(Text(f"<- {text}"), (0, 0, 0, 2)))
+        title = "Heaviest paths" if found else "No path to a source has any mass."
+        return Group(Text(title, "bold"), table)
+
+    # --- mass, and how it was made -------------------------------------------------
+
+    def _facts(self) -> RenderableType:
+        result, shares = self.result, self._shares
+        graph, signed = result.graph, self._signed
+        mass, direct = shares.marginal.sum(), shares.direct.sum()
+        leak = _percent(result.leaked / shares.total, signed, digits=1)
+        unresolved = _percent(result.unresolved / shares.total, digits=1)
+        explained = len(result.explained)
+        units = result.meta.get("units", "own")
+        how = [
+            str(result.meta.get("method", "unknown method")),
+            f"{graph.normalization} normalisation",
+            f"{units} units: {graph.n_sources} sources, {graph.n_generated} generated, "
+            f"{explained} explained",
+        ]
+        if "model" in result.meta:
+            how.insert(0, harmless(str(result.meta["model"]), one_line=True))
+        if self.seconds is not None:
+            how.append(f"{self.seconds:.1f} s")
+        parts = [_percent(part, signed, digits=1) for part in (mass, direct, mass - direct)]
+        facts = Text(f"Mass {parts[0]}", "bold")
+        facts.append(
+            f": {parts[1]} directly, {parts[2]} through generated text. Leak {leak}, "
+            f"unresolved {unresolved}.",
+            "not bold",
+        )
+        return Group(facts, Text(" · ".join(how), "dim"))
+
+
+@dataclass(frozen=True)
+class _AllShares:
+    """Scores as parts of the explained mass, one per source or generated unit."""
+
+    total: float
+    direct: Shares  # (P,)
+    marginal: Shares  # (P,)
+    direct_generated: Shares  # (G,)
+    through: Shares  # (G,), less the explained units' own weight
+
+    @classmethod
+    def of(cls, result: GraphAttributionResult) -> _AllShares:
+        _, to_generated = result.graph.blocks()
+        total = float(result.weights.sum())
+        return cls(
+            total,
+            result.direct.seq_attr.numpy() / total,
+            result.seq_attr.numpy() / total,
+            (result.weights @ to_generated) / total,
+            (result.step_attr.numpy() - result.weights) / total,
+        )
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """A stretch of text and the units that stand there."""
+
+    span: Span
+    units: tuple[int, ...]
+    explained: bool
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A text and where its units stand in it.
+
+    Attributes:
+        text (str): the text.
+        stretches (tuple[_Stretch, ...]): one for each place where units stand, in
+            reading order. Units without a place stand behind the text.
+    """
+
+    text: str
+    stretches: tuple[_Stretch, ...]
+    placed: int  # number of stretches within the text proper
+
+    @classmethod
+    def of(cls, text: str, units: Sequence[Unit], explained: Sequence[int]) -> _Layout:
+        # Tokens that are pieces of one character share its range.
+        places: dict[Span, list[int]] = {}
+        for number, unit in enumerate(units):
+            if unit.span is not None and unit.span[0] < unit.span[1] <= len(text):
+                places.setdefault(unit.span, []).append(number)
+        stretches = []
+        covered: set[int] = set()
+        end = 0
+        for (start, stop), members in sorted(places.items()):
+            if stop > end:
+                span = (max(start, end), stop)
+                known = not set(explained).isdisjoint(members)
+                stretches.append(_Stretch(span, tuple(members), known))
+                covered.update(members)
+                end = stop
+        placed = len(stretches)
+        for number, unit in enumerate(units):
+            if number not in covered:
+                start = len(text) + 1 if text else 0
+                text = f"{text}\n{unit.text}" if text else unit.text
+                span = (start, len(text))
+                stretches.append(_Stretch(span, (number,), number in explained))
+        return cls(text, tuple(stretches), placed)
+
+    def summed(self, shares: Shares) -> Shares:
+        """Share of each stretch."""
+        return np.array([shares[list(s.units)].sum() for s in self.stretches])
+
+    def overlaps(self, stretch: int, ranges: Collection[Span]) -> bool:
+        """Whether a stretch shares a character with one of the ranges."""
+        start, stop = self.stretches[stretch].span
+        return any(start < b and a < stop for a, b in ranges)
+
+    def in_context(self, number: int, width: int) -> Text:
+        """A stretch on one line, with the words around it where it is short."""
+        start, stop = self.stretches[number].span
+        text = self.text[start:stop]
+        if number >= self.placed or len(text.strip()) >= _SHORT_UNIT:
+            return Text(harmless(" ".join(text.split()), one_line=True))
+        if text.strip():
+            start += len(text) - len(text.lstrip())
+            stop -= len(text) - len(text.rstrip())
+        around = max((width - (stop - start)) // 2 - 5, 0)
+        before = self.text[max(0, start - around) : start]
+        after = self.text[stop : stop + around]
+        if start > around:
+            before = "..." + before.partition(" ")[2]
+        if stop + around < len(self.text):
+            after = after.rpartition(" ")[0] + "..."
+        line = Text(harmless(before, one_line=True), "dim")
+        unit = harmless(self.text[start:stop], one_line=True)
+        line.append(f"«{unit}»", "not dim bold")
+        line.append(harmless(after, one_line=True))
+        return line
+
+    def shown(self, labelled: Sequence[Collection[int]]) -> npt.NDArray[np.bool_]:
+        """Which characters of a long text are shown: those near to what matters."""
+        count = len(self.text)
+        if count <= _WHOLE_TEXT:
+            return np.ones(count, dtype=bool)
+        shown = np.zeros(count, dtype=bool)
+
+        def keep(start: int, stop: int) -> None:
+            shown[max(start, 0) : max(stop, 0)] = True
+
+        keep(0, 2 * _AROUND)
+        for number in set().union(*labelled):
+            start, stop = self.stretches[number].span
+            keep(start - _AROUND, min(stop, start + 4 * _AROUND))
+            keep(max(start, stop - _AROUND), stop + _AROUND)
+        for number, stretch in enumerate(self.stretches):
+            if stretch.explained:
+                if number == 0 or not self.stretches[number - 1].explained:
+                    keep(stretch.span[0] - _AROUND, stretch.span[0] + 2 * _AROUND)
+                if stretch is self.stretches[-1] or (
+                    not self.stretches[number + 1].explained
+                ):
+                    keep(stretch.span[1] - 2 * _AROUND, stretch.span[1] + _AROUND)
+        for first, end in _runs(~shown):
+            gap = self.text[first:end]
+            # Parts end with whole words; a short gap is as long as the note about it.
+            words = re.search(r"\s.*\s", gap, re.DOTALL)
+            if words is None or words.end() - words.start() < _AROUND:
+                shown[first:end] = True
+            else:
+                shown[first : first + words.start()] = True
+                shown[first + words.end() : end] = True
+        return shown
+
+    def render(
+        self,
+        shares: Shares,
+        *,
+        labelled: Collection[int],
+        shown: npt.NDArray[np.bool_],
+        largest: float,
+        signed: bool,
+    ) -> Text:
+        """The text in its own layout, shaded and labelled by share."""
+        out = Text(overflow="fold", tab_size=4)
+        summed = self.summed(shares)
+        style, opened, closed = _EXPLAINED
+        end = 0
+        last_explained = False
+        for number, stretch in enumerate(self.stretches):
+            start, stop = stretch.span
+            fixed = self.text[end:start]
+            # White space between units is shown as it is, and so is a fixed text
+            # that the explained units do not reach across.
+            self._append(out, end, start, shown, _FIXED if fixed.strip() else "")
+            text = self.text[start:stop]
+            lead = start + len(text) - len(text.lstrip())
+            trail = max(stop - len(text) + len(text.rstrip()), lead)
+            self._append(out, start, min(lead, stop), shown, "")
+            if stretch.explained and not last_explained:
+                out.append(opened, "bold")
+            shade = _shade(summed[number], largest)
+            if stretch.explained:
+                shade = f"{shade} {style}".strip()
+            self._append(out, lead, trail, shown, shade)
+            if number in labelled:
+                label = _percent(summed[number], signed)
+                out.append(f"[{label}]", "bold")
+            following = self.stretches[number + 1 : number + 2]
+            if stretch.explained and not (following and following[0].explained):
+                out.append(closed, "bold")
+            last_explained = stretch.explained
+            self._append(out, trail, stop, shown, "")
+            end = stop
+        tail = self.text[end:]
+        self._append(out, end, len(self.text), shown, _FIXED if tail.strip() else "")
+        out.rstrip()
+        lead = len(out.plain) - len(out.plain.lstrip("\n"))
+        # The space that parts generated text from the prompt is no layout.
+        lead += out.plain[lead : lead + 1] == " "
+        return out[lead:]
+
+    def _append(
+        self,
+        out: Text,
+        start: int,
+        stop: int,
+        shown: npt.NDArray[np.bool_],
+        style: str,
+    ) -> None:
+        """Add what is shown of a range, and a note where a gap begins."""
+        position = start
+        while position < stop:
+            same = shown[position:stop] == shown[position]
+            run = stop if same.all() else position + int(np.argmin(same))
+            if shown[position]:
+                out.append(harmless(self.text[position:run]), style or None)
+            elif position == 0 or shown[position - 1]:
+                gap = _first_run(~shown[position:])
+                out.append(f" [... {gap} characters ...] ", "dim italic")
+            position = run
+
+
+def _runs(mask: npt.NDArray[np.bool_]) -> Iterator[Span]:
+    """Ranges in which a mask is true."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(int)))
+    for start, stop in edges.reshape(-1, 2):
+        yield int(start), int(stop)
+
+
+def _first_run(mask: npt.NDArray[np.bool_]) -> int:
+    """How many entries are true before the first that is not."""
+    return len(mask) if mask.all() else int(np.argmin(mask))
+
+
+def _labelled(shares: Shares, top: int) -> frozenset[int]:
+    """The heaviest stretches, without those that would read 0%."""
+    order = np.argsort(-np.abs(shares), kind="stable")[:top]
+    return frozenset(int(i) for i in order if abs(shares[i]) >= _LABELLED)
+
+
+def _framed(columns: Sequence[Sequence[RenderableType]]) -> Table:
+    """Columns of equal width in a frame, the first row their titles."""
+    table = Table(
+        box=box.ROUNDED, show_header=False, show_lines=True, expand=True, padding=(0, 1)
+    )
+    for _ in columns:
+        table.add_column(ratio=1, overflow="fold")
+    for row in zip(*columns, strict=True):
+        table.add_row(*row)
+    return table
+
+
+def _shade(share: float, largest: float) -> str:
+    part = abs(share) / largest if largest else 0.0
+    for least, positive, negative in _SHADES:
+        if part >= least:
+            return positive if share > 0 else negative
+    return ""
+
+
+def _bar_style(share: float) -> str:
+    return "#ff9d2e" if share >= 0 else "#3b82d6"
+
+
+def _percent(share: float, signed: bool = False, *, digits: int = 0) -> str:
+    """A share in percent; with its sign where there are two."""
+    rounded = round(100 * float(share), digits) + 0.0  # no negative zero
+    sign = "+" if signed and rounded else ""
+    return f"{rounded:{sign}.{digits}f}%"
+
+
+def _quoted(text: str, longest: int) -> str:
+    """A text in quotation marks, on one line, without its middle where it is long."""
+    core = re.sub(r"\s*\n\s*", " ", text.strip()) or text
+    if len(core) > longest:
+        core = f"{core[: longest - 25].rstrip()} ... {core[-20:].lstrip()}"
+    return f'"{harmless(core, one_line=True)}"'
