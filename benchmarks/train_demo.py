@@ -111,13 +111,35 @@ def build_model(
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        attention_bias=True,
         attn_implementation="eager",
     )
     model = LlamaForCausalLM(config)
-    # Larger than usual: else the first updates make all names look alike, and telling
-    # them apart, which is what a look-up needs, takes far longer to learn.
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=1.0)
+    look_back(model)
     return model
+
+
+@torch.no_grad()
+def look_back(model: LlamaForCausalLM) -> None:
+    """Let head ``h`` of the first layer start by attending ``h + 1`` tokens back.
+
+    With rotary positions, a bias of the queries that is the keys' bias turned back by
+    ``d`` steps prefers the token ``d`` steps back. A look-up of a fact needs to know
+    which words stand together; found by chance, this takes most of the training.
+    """
+    config = model.config
+    size = config.hidden_size // config.num_attention_heads
+    turns = ROPE_THETA ** (-torch.arange(0, size, 2) / size)
+    turns = turns[: size // 5]  # the fast ones tell neighbours apart
+    first = model.model.layers[0].self_attn
+    for head in range(config.num_attention_heads):
+        angle = -(head + 1) * turns
+        cosine = slice(head * size, head * size + len(turns))
+        sine = slice(cosine.start + size // 2, cosine.stop + size // 2)
+        first.k_proj.bias[cosine] = 5.0
+        first.q_proj.bias[cosine] = 5.0 * angle.cos()
+        first.q_proj.bias[sine] = 5.0 * angle.sin()
 
 
 def encode(

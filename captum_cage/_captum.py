@@ -199,6 +199,8 @@ def attribute_unit(
         Tensor: shape ``(n_itp_features,)``, as the base method gives it.
     """
     call = copy.copy(llm_attr)
+    # FeatureAblation remembers in itself whether an output's shape was seen.
+    call.attr_method = copy.copy(llm_attr.attr_method)
     call.SUPPORTED_INPUTS = (InterpretableInput,)
     call.tokenizer = _Unlabelled(llm_attr.tokenizer)
     arguments = dict(kwargs)

@@ -15,7 +15,7 @@ import torch
 from captum.attr import InterpretableInput, TextTokenInput
 from torch import Tensor
 
-from captum_cage._checks import complaint, shown
+from captum_cage._checks import complaint, shown, whole_number
 from captum_cage.text import Span, TokenText, decode, read_tokens, special_ids
 from captum_cage.units import FIXED
 
@@ -297,7 +297,9 @@ class ChatTokenInput(TokenIdsInput):
 
     The template is applied once and its result tokenised once, without special tokens
     beyond those that it wrote. Only the content of the chosen messages is attributed;
-    role headers, other messages and the generation prompt are present but fixed.
+    role headers, other messages and the generation prompt are present but fixed. Where
+    a template leaves out the beginning of a content, as some do with the reasoning of
+    earlier turns, the rest of it is attributed.
 
     Args:
         messages (Sequence[Mapping]): messages as ``apply_chat_template`` takes them.
@@ -363,6 +365,7 @@ class ChatTokenInput(TokenIdsInput):
             return text
 
         text = render(copies)
+        _check_unicode(text)
         contents = _content_spans(copies, chosen, text, render)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids = list(encoded["input_ids"])
@@ -413,6 +416,20 @@ def _copies(messages: Any) -> list[dict[str, Any]]:
                 )
             )
     return [dict(message) for message in listed]
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            complaint(
+                "messages",
+                "must be valid Unicode",
+                f"half a surrogate pair came, in {text[: error.start + 1][-20:]!r}",
+                "Replace it, as in text.encode(errors='replace').decode().",
+            )
+        ) from None
 
 
 def _chosen(messages: Sequence[Mapping[str, Any]], features: Any) -> list[bool]:
@@ -653,7 +670,11 @@ def baseline_id(choice: int | str, inp: InterpretableInput, tokenizer: Any) -> i
         ValueError: if the tokenizer has no such token.
     """
     if isinstance(choice, int):
-        return choice
+        return whole_number(
+            "generated_baseline",
+            choice,
+            remedy="Pass the id, for example tokenizer.eos_token_id.",
+        )
     if choice != "auto":
         return _known_id("generated_baseline", choice, tokenizer)
     if isinstance(inp, TokenIdsInput):
