@@ -115,24 +115,36 @@ def build_model(
         attn_implementation="eager",
     )
     model = LlamaForCausalLM(config)
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=1.0)
-    look_back(model)
+    initialise(model)
     return model
 
 
 @torch.no_grad()
-def look_back(model: LlamaForCausalLM) -> None:
-    """Let head ``h`` of the first layer start by attending ``h + 1`` tokens back.
+def initialise(model: LlamaForCausalLM) -> None:
+    """Start where looking things up is near.
 
-    With rotary positions, a bias of the queries that is the keys' bias turned back by
-    ``d`` steps prefers the token ``d`` steps back. A look-up of a fact needs to know
-    which words stand together; found by chance, this takes most of the training.
+    Found by chance, a look-up takes most of the training. It needs to know which words
+    stand together, so head ``h`` of the first layer starts by attending ``h + 1`` tokens
+    back: with rotary positions, a bias of the queries that is the keys' bias turned back
+    by ``d`` steps prefers the token ``d`` steps back. And it needs to find a place that
+    is like the present one, so in the other layers queries and keys start out equal.
+
+    Source: Trockman and Kolter (2023), Mimetic initialization of self-attention layers,
+    arXiv:2305.09828, for the second.
     """
     config = model.config
     size = config.hidden_size // config.num_attention_heads
     turns = ROPE_THETA ** (-torch.arange(0, size, 2) / size)
     turns = turns[: size // 5]  # the fast ones tell neighbours apart
+    for matrix in model.model.parameters():
+        if matrix.ndim == 2:
+            torch.nn.init.normal_(matrix, std=matrix.shape[1] ** -0.5)
+    torch.nn.init.normal_(model.model.embed_tokens.weight, std=1.0)
+    for layer in model.model.layers[1:]:
+        layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
     first = model.model.layers[0].self_attn
+    torch.nn.init.normal_(first.q_proj.weight, std=0.02)
+    torch.nn.init.normal_(first.k_proj.weight, std=0.02)
     for head in range(config.num_attention_heads):
         angle = -(head + 1) * turns
         cosine = slice(head * size, head * size + len(turns))

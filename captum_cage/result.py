@@ -264,7 +264,7 @@ class GraphAttributionResult(LLMAttributionResult):
             input_tokens=[unit.text for unit in sources.units],
             output_tokens=[unit.text for unit in steps.units],
             seq_attr=torch.from_numpy(columns) @ self.seq_attr,
-            token_attr=torch.from_numpy(rows) @ self.token_attr @ columns.T,
+            token_attr=torch.from_numpy(rows @ self.token_attr.numpy() @ columns.T),
             output_probs=probs,
             inp=self.inp,
         )

@@ -104,9 +104,26 @@ class TestReadTokens:
         assert found.text == b"".join(tokens).decode()
         assert [set(range(*span)) for span in found.offsets] == expected
 
-    @given(cut_bytes(st.binary(max_size=12) | st.lists(st.sampled_from(
-        [b"\xf0", b"\x9f", b"\x98", b"\x80", b"\xe4", b"\xbd", b"a", " 你".encode()]
-    ), max_size=12).map(b"".join)))
+    @given(
+        cut_bytes(
+            st.binary(max_size=12)
+            | st.lists(
+                st.sampled_from(
+                    [
+                        b"\xf0",
+                        b"\x9f",
+                        b"\x98",
+                        b"\x80",
+                        b"\xe4",
+                        b"\xbd",
+                        b"a",
+                        " 你".encode(),
+                    ]
+                ),
+                max_size=12,
+            ).map(b"".join)
+        )
+    )
     def test_broken_bytes_leave_the_text_around_them_alone(self, tokens):
         """The text is that of all bytes together; every token has some of its own."""
         found = read_tokens(range(len(tokens)), ByteTokens(tokens))
@@ -169,7 +186,7 @@ class TestReadTokens:
 
     def test_a_replacement_character_of_the_text_is_a_character(self):
         """The text may hold one of its own."""
-        tokens = ["a".encode(), BROKEN.encode()[:1], BROKEN.encode()[1:], b"b"]
+        tokens = [b"a", BROKEN.encode()[:1], BROKEN.encode()[1:], b"b"]
         found = read_tokens(range(4), ByteTokens(tokens))
         assert found.offsets == ((0, 1), (1, 2), (1, 2), (2, 3))
 
@@ -212,8 +229,9 @@ class TestTokenText:
         assert tuple(shifted(right.offsets, cut)) == whole.offsets[position:]
         for before, after in zip(whole.offsets, left.offsets, strict=False):
             assert set(range(*after)) == {i for i in range(*before) if i < cut}
-        shared = position < len(tokens) and whole.offsets[position] in (
-            whole.offsets[:position]
+        shared = (
+            position < len(tokens)
+            and whole.offsets[position] in (whole.offsets[:position])
         )
         assert shared or cut == max((stop for _, stop in left.offsets), default=0)
         if shared:
@@ -306,8 +324,6 @@ class TestSentences:
     def test_sentences_cover_what_is_visible(self, text):
         """They are in order, do not overlap, and have no white space around them."""
         spans = sentence_spans(text)
-        for _, stop in itertools.pairwise(spans):
-            assert stop
         for (_, end), (start, _) in itertools.pairwise(spans):
             assert end <= start
         covered = {i for span in spans for i in range(*span)}
@@ -318,7 +334,7 @@ class TestSentences:
     def test_sentences_do_not_drift(self, lines, other):
         """What stands on the lines before does not change the sentences after it."""
         alone = "\n".join(lines)
-        before = other.replace("```", "").replace("~", "") + "\n\n"
+        before = other.replace("`", "").replace("~", "") + "\n\n"
         found = sentence_spans(before + alone)
         expected = shifted(sentence_spans(alone), len(before))
         assert found[-len(expected) :] == expected
@@ -329,7 +345,10 @@ class TestSentences:
             # points that end no sentence
             ["It costs 3.5, e.g. for you.", "Why?"],
             ["Dr. Smith and Mrs. Jones met Prof. Lee vs. Mr. Poe.", "So it goes."],
-            ["See Fig. 3 in J. R. R. Tolkien et al. for more.", "It is in the U.S. now."],
+            [
+                "See Fig. 3 in J. R. R. Tolkien et al. for more.",
+                "It is in the U.S. now.",
+            ],
             ["16 - 3 - 4 = 9.", "So she makes 9 * 2 = $18.", "The answer is 18."],
             ["On Jan. 5 it was v1.2.3 at 9 a.m. in example.com.", "OK."],
             ["See https://a.b/c.html?d=1.5&e=f.", "Then go on."],
@@ -361,7 +380,7 @@ class TestSentences:
         [
             ["The facts", "Ana has 3 pens", "mia has 4"],
             ["It weighs 3.5", "kilograms", "or 4.", "5 of them"],
-            ["# Heading one. Two.".split(".")[0], "Text", "## Next", "- - -", "More"],
+            ["# Heading", "Text", "## Next", "- - -", "More"],
             ["- one", "* two: 3.5", "• three", "+ four", "– five", "  - six"],
             ["1. one", "2. two", "10. ten", "3) three", "(4) four", "a) x", "IV. y"],
             ["```python", "a = 1. B = 2", "if x: Y. Z", "```", "Text"],
@@ -422,10 +441,11 @@ class TestSentences:
             assert pieces(text, sentence_spans(text)) == ["He left.", "She ran."]
 
     def test_the_language_decides_on_abbreviations(self):
-        """A German abbreviation ends no German sentence."""
-        text = "Er kam z.B. Am Montag. Dann ging er."
-        found = pieces(text, sentence_spans(text, language="de"))
-        assert found == ["Er kam z.B. Am Montag.", "Dann ging er."]
+        """A Russian abbreviation ends no Russian sentence."""
+        text = "В 2020 г. Москва росла. Да."
+        found = pieces(text, sentence_spans(text, language="ru"))
+        assert found == ["В 2020 г. Москва росла.", "Да."]
+        assert len(sentence_spans(text)) == 3
 
     @pytest.mark.parametrize("text", ["", " ", "\n\r\n", "\u2028\x85"])
     def test_no_text_has_no_sentence(self, text):
