@@ -56,7 +56,7 @@ DEMO = "demo"  # the name of the model in the package
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
 
-# --- the program -----------------------------------------------------------------------
+# --- the program ---------------------------------------------------------------------
 
 
 class _Commands(TyperGroup):
@@ -78,7 +78,7 @@ class _Commands(TyperGroup):
         except (OSError, TypeError, ValueError) as error:
             if ctx.params.get("traceback") or not _is_users(error):
                 raise
-            _say(f"error: {error}")
+            _say(f"error: {_reason(error)}")
             raise typer.Exit(USER_ERROR) from None
 
 
@@ -87,6 +87,12 @@ def _is_users(error: Exception) -> bool:
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     raised_in = str(frame.f_globals.get("__name__"))
     return isinstance(error, OSError) or raised_in.split(".")[0] == __package__
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{os.fspath(error.filename)!r}: {error.strerror}"
+    return str(error)
 
 
 def _show_warning(
@@ -118,7 +124,7 @@ app = typer.Typer(
     epilog=(
         "Examples:\n\n"
         "captum-cage demo\n\n"
-        "captum-cage explain --model demo --prompt @problem.txt --explain 'The answer'\n\n"
+        "captum-cage explain --model demo --prompt @problem.txt --explain answer\n\n"
         "captum-cage show result.npz --explain -1\n\n"
         "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, "
         "130 interrupted."
@@ -137,7 +143,13 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(
+    help="Explain text that a language model generated, through the text that it wrote "
+    "before.\n\n"
+    "Every generated unit is attributed to the prompt and to the units generated "
+    "before it, and the mass of all paths is followed back to the prompt.\n\n"
+    "Results go to stdout; progress, notes and errors go to stderr."
+)
 def _program(
     version: Annotated[
         bool,
@@ -152,17 +164,11 @@ def _program(
         bool, typer.Option("--traceback", help="Show where an error was raised.")
     ] = False,
 ) -> None:
-    """Explain text that a language model generated, through the text it wrote before.
-
-    Every generated unit is attributed to the prompt and to the units generated before
-    it; the mass of all paths is followed back to the prompt.
-
-    Results go to stdout; progress, notes and errors go to stderr.
-    """
+    """Explain what a language model generated, through the text it wrote before."""
     del version, traceback  # read by _Commands and by the callback
 
 
-# --- options ---------------------------------------------------------------------------
+# --- options -------------------------------------------------------------------------
 
 _OUTPUT = "Output"
 _MODEL = "Model"
@@ -212,7 +218,10 @@ ExplainOption = Annotated[
 TopOption = Annotated[
     int,
     typer.Option(
-        "--top", min=0, help="Sources to list, and units to label.", rich_help_panel=_OUTPUT
+        "--top",
+        min=0,
+        help="Sources to list, and units to label.",
+        rich_help_panel=_OUTPUT,
     ),
 ]
 PathsOption = Annotated[
@@ -260,7 +269,7 @@ NoProgressOption = Annotated[
 ]
 
 
-# --- output ----------------------------------------------------------------------------
+# --- output --------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -270,17 +279,19 @@ class _Output:
     top: int
     paths: int
     width: int | None
-    json: str | None
-    save: Path | None
+    json_file: str | None
+    save_file: Path | None
     quiet: bool
     no_progress: bool = False
 
     def __post_init__(self) -> None:
         """Refuse files that could not be written, before anything is computed."""
-        to_json = Path(self.json) if self.json not in (None, "-") else None
-        for option, path in (("--json", to_json), ("--save", self.save)):
+        to_json = Path(self.json_file) if self.json_file not in (None, "-") else None
+        for option, path in (("--json", to_json), ("--save", self.save_file)):
             if path is not None and (path.is_dir() or not path.parent.is_dir()):
-                came = "it is a folder" if path.is_dir() else "its folder does not exist"
+                came = (
+                    "it is a folder" if path.is_dir() else "its folder does not exist"
+                )
                 raise ValueError(
                     complaint(
                         option,
@@ -307,14 +318,14 @@ class _Output:
         truth: Collection[Span] = (),
     ) -> None:
         """Write the files, then print the result."""
-        if self.save is not None:
-            result.save(self.save)
-        if self.json is not None:
+        if self.save_file is not None:
+            result.save(self.save_file)
+        if self.json_file is not None:
             text = json.dumps(result.to_dict(), allow_nan=False) + "\n"
-            if self.json == "-":
+            if self.json_file == "-":
                 sys.stdout.write(text)
                 return
-            Path(self.json).write_text(text, encoding="utf-8")
+            Path(self.json_file).write_text(text, encoding="utf-8")
         if not self.quiet:
             view = TerminalView(result, self.top, self.paths, seconds, truth)
             _console(self.width).print(view)
@@ -328,16 +339,19 @@ def _console(width: int | None) -> Console:
     return Console(width=width)
 
 
-# --- captum-cage demo ------------------------------------------------------------------
+# --- captum-cage demo ----------------------------------------------------------------
 
 
 @app.command(
+    help="Let a small model solve a word problem, and explain its last answer.\n\n"
+    "The model is part of the package, so nothing is downloaded, and it has never seen "
+    "the problem. The facts that the answer truly depends on are known, and marked.",
     epilog=(
         "Examples:\n\n"
         "captum-cage demo\n\n"
         "captum-cage demo --seed 7 --kind one_question\n\n"
         "captum-cage demo --json - | python -m json.tool"
-    )
+    ),
 )
 def demo(
     seed: Annotated[int, typer.Option("--seed", help="Which problem.")] = 0,
@@ -352,11 +366,7 @@ def demo(
     quiet: QuietOption = False,
     no_progress: NoProgressOption = False,
 ) -> None:
-    """Let a small model solve a word problem, and explain its last answer.
-
-    The model is part of the package, so nothing is downloaded. It has never seen the
-    problem. The facts that the answer truly depends on are known and marked.
-    """
+    """Let a small model solve a word problem, and explain its last answer."""
     output = _Output(top, paths, width, json_file, save, quiet, no_progress)
     problem = sample_problems(1, seed, kind.value)[0]
     model, tokenizer = load_demo()
@@ -373,7 +383,8 @@ def demo(
         result = result.explaining(answer.text)
     else:
         output.note(
-            "note: the model got this one wrong. Right is: " + problem.completion.strip()
+            "note: the model got this one wrong. Right is: "
+            + problem.completion.strip()
         )
         result = result.explaining(_last_visible(result))
     output.write(result, time.perf_counter() - start, truth=answer.facts)
@@ -394,7 +405,7 @@ def _last_visible(result: GraphAttributionResult) -> int:
     return max((i for i, unit in enumerate(steps) if not unit.special), default=0)
 
 
-# --- captum-cage explain ---------------------------------------------------------------
+# --- captum-cage explain -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -426,17 +437,20 @@ METHODS = {
 
 
 @app.command(
+    help="Explain what a language model generates, or a text that you give.\n\n"
+    "The model reads special tokens of the prompt, and in a chat everything around the "
+    "user's message, but nothing is attributed to them.",
     epilog=(
         "Examples:\n\n"
-        "captum-cage explain --model demo --prompt 'Ana has 3 pens. Leo has 5 cups. Mia "
-        "has 4 more pens than Ana. How many pens does Mia have?'\n\n"
+        "captum-cage explain --model demo --prompt 'Ana has 3 pens. Leo has 5 cups. "
+        "Mia has 4 more pens than Ana. How many pens does Mia have?'\n\n"
         "captum-cage explain --model Qwen/Qwen2.5-0.5B-Instruct --chat --prompt "
         "@question.txt --explain '/answer is .*/' --save result.npz\n\n"
         "captum-cage explain --model gpt2 --prompt @prompt.txt --target @output.txt "
         "--units word --method integrated-gradients --json - > result.json\n\n"
         "echo 'Why is the sky blue?' | captum-cage explain --model gpt2 --prompt - "
         "--units token --max-new-tokens 20"
-    )
+    ),
 )
 def explain(
     model: Annotated[
@@ -444,8 +458,8 @@ def explain(
         typer.Option(
             "--model",
             metavar="NAME_OR_PATH",
-            help="A causal language model: a folder, a name on the Hugging Face hub, or "
-            "demo for the model in the package.",
+            help="A causal language model: a folder, a name on the Hugging Face hub, "
+            "or demo for the model in the package.",
         ),
     ],
     prompt: Annotated[
@@ -453,8 +467,8 @@ def explain(
         typer.Option(
             "--prompt",
             metavar="TEXT|@FILE|-",
-            help="The prompt: a text, @ and the name of a file, or a dash for stdin. One "
-            "newline at the end of a file is dropped. @@ stands for a plain @.",
+            help="The prompt: a text, @ and the name of a file, or a dash for stdin. "
+            "One newline at the end of a file is dropped. @@ stands for a plain @.",
         ),
     ],
     target: Annotated[
@@ -468,7 +482,9 @@ def explain(
     explain: ExplainOption = None,
     chat: Annotated[
         bool,
-        typer.Option("--chat", help="Send the prompt through the model's chat template."),
+        typer.Option(
+            "--chat", help="Send the prompt through the model's chat template."
+        ),
     ] = False,
     system: Annotated[
         str | None,
@@ -494,7 +510,7 @@ def explain(
         str,
         typer.Option(
             "--method",
-            help=f"The base method: {', '.join(METHODS)}, or the name of its Captum class.",
+            help=f"The base method: {', '.join(METHODS)}, or its Captum class.",
             rich_help_panel=_METHOD,
         ),
     ] = "ablation",
@@ -511,7 +527,7 @@ def explain(
         typer.Option(
             "--samples",
             min=1,
-            help="Samples per generated unit, for shapley-sampling, lime and kernel-shap.",
+            help="Samples per generated unit, for shapley-sampling, lime, kernel-shap.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -570,19 +586,19 @@ def explain(
     quiet: QuietOption = False,
     no_progress: NoProgressOption = False,
 ) -> None:
-    """Explain what a language model generates, or a text that you give.
-
-    Special tokens of the prompt, and in a chat everything but the user's message, are
-    read by the model and not attributed.
-    """
+    """Explain what a language model generates, or a text that you give."""
     output = _Output(top, paths, width, json_file, save, quiet, no_progress)
     base = _chosen_method(method)
     kwargs = _method_kwargs(base, samples, steps)
     span = _span(explain)
     if system is not None and not chat:
-        raise ValueError("--system: is a message of a chat, so it needs --chat. Add it.")
+        raise ValueError(
+            "--system: is a message of a chat, so it needs --chat. Add it."
+        )
     if [prompt, target, system].count("-") > 1:
-        raise ValueError("--prompt: stdin can be read once. Put the other text in a file.")
+        raise ValueError(
+            "--prompt: stdin can be read once. Put the other text in a file."
+        )
     texts = [
         None if value is None else _text(option, value)
         for option, value in (
@@ -591,15 +607,16 @@ def explain(
             ("--system", system),
         )
     ]
+    if not texts[0]:
+        raise ValueError("--prompt: must have some text, but it is empty. Pass some.")
     place = _place(device)
     output.note(f"loading {model}")
     if not output.shows_progress:
         transformers.utils.logging.disable_progress_bar()
     network, tokenizer = _load(model, place, dtype, trust_remote_code)
     inp = _input(str(texts[0]), texts[2], chat, baseline, tokenizer)
-    output.note(
-        f"explaining with {base.captum_class.__name__} on {place}, in {units.value} units"
-    )
+    name = base.captum_class.__name__
+    output.note(f"explaining with {name} on {place}, in {units.value} units")
     transformers.set_seed(seed)
     start = time.perf_counter()
     cage = GraphContextAttribution(
@@ -608,16 +625,18 @@ def explain(
     result = cage.attribute(
         inp,
         target=texts[1],
+        explain=span,
         units=units.value,
         gen_args=_gen_args(max_new_tokens) if texts[1] is None else None,
         show_progress=output.shows_progress,
         **kwargs,
     )
-    result = result.explaining((0, _last_visible(result) + 1) if span is None else span)
+    if span is None:
+        result = result.explaining((0, _last_visible(result) + 1))
     if result.graph.n_sources == 1:
         output.note(
-            "note: the prompt is one unit, so all of the mass goes there. Smaller units "
-            "tell more: --units word, or --units token."
+            "note: the prompt is one unit, so all of the mass goes there. Smaller "
+            "units tell more: --units word, or --units token."
         )
     output.write(result, time.perf_counter() - start)
 
@@ -694,16 +713,16 @@ def _span(text: str | None) -> Explain:
 
 def _text(option: str, value: str) -> str:
     """A text as it stands, of a file (``@FILE``), or of stdin (``-``)."""
-    if value.startswith("@@"):
-        return value[1:]
-    if value != "-" and not value.startswith("@"):
-        return value
+    is_file = value.startswith("@") and not value.startswith("@@")
+    content: bytes
     try:
         if value == "-":
             content = sys.stdin.buffer.read()
-        else:
+        elif is_file:
             content = Path(value[1:]).expanduser().read_bytes()
-        text = content.decode("utf-8").replace("\r\n", "\n")
+        else:
+            content = os.fsencode(value.removeprefix("@"))
+        text = content.decode("utf-8")
     except OSError as error:
         raise ValueError(
             complaint(
@@ -722,7 +741,9 @@ def _text(option: str, value: str) -> str:
                 "Convert it first.",
             )
         ) from error
-    return text.removesuffix("\n")
+    if value == "-" or is_file:
+        return text.replace("\r\n", "\n").removesuffix("\n")
+    return text
 
 
 def _place(device: _Device) -> str:
@@ -732,39 +753,51 @@ def _place(device: _Device) -> str:
         )
     if device is _Device.auto:
         return "cuda" if torch.cuda.is_available() else "cpu"
-    return device.value
+    return str(device.value)
 
 
-def _load(name: str, place: str, dtype: _Dtype, trust_remote_code: bool) -> Any:
+def _load(
+    name: str, place: str, dtype: _Dtype, trust_remote_code: bool
+) -> tuple[Any, Any]:
     """A model in evaluation mode, and its tokenizer."""
-    number_type: torch.dtype | str
-    if dtype is _Dtype.auto:
-        number_type = torch.float32 if place == "cpu" else "auto"
-    else:
-        number_type = getattr(torch, dtype.value)
+    number_type: Any = None if dtype is _Dtype.auto else getattr(torch, dtype.value)
+    if number_type is None and place == "cpu":
+        number_type = torch.float32
+    model: Any
     if name == DEMO:
         model, tokenizer = load_demo()
-        own = torch.float32 if number_type == "auto" else number_type
-        return model.to(place, own), tokenizer
+    else:
+        model, tokenizer = _load_pretrained(name, number_type, trust_remote_code)
+    return model.to(device=place, dtype=number_type).eval(), tokenizer
+
+
+def _load_pretrained(
+    name: str, number_type: torch.dtype | None, trust_remote_code: bool
+) -> tuple[Any, Any]:
+    if name.startswith((".", "/", "~")):
+        name = str(Path(name).expanduser())
+        if not Path(name).is_dir():
+            raise ValueError(f"--model: there is no folder {name!r}. Check the path.")
+    # Its name until transformers 4.55.
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     argument = "dtype" if version >= (4, 56) else "torch_dtype"
+    loading: dict[str, Any] = {argument: number_type or "auto"}
+    loading["trust_remote_code"] = trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
-        model = AutoModelForCausalLM.from_pretrained(
-            name, trust_remote_code=trust_remote_code, **{argument: number_type}
-        )
+        return AutoModelForCausalLM.from_pretrained(name, **loading), tokenizer
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        # The first sentence or two say what is wrong; the rest are pages of advice.
+        # The first sentences say what is wrong; pages of advice may follow.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         remedy = "Check the name, the path and the network."
         if "trust_remote_code" in reason:
             remedy = "If you trust it, pass --trust-remote-code."
         raise ValueError(
-            f"--model: {name!r} could not be loaded. {remedy} transformers says: {reason}"
+            f"--model: {name!r} could not be loaded. {remedy} "
+            f"transformers says: {reason}"
         ) from error
-    return model.to(place).eval(), tokenizer
 
 
 def _input(
@@ -791,7 +824,7 @@ def _absent(tokenizer: Any) -> int:
     return 0
 
 
-# --- captum-cage show ------------------------------------------------------------------
+# --- captum-cage show ----------------------------------------------------------------
 
 
 @app.command(

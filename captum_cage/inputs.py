@@ -193,10 +193,13 @@ class TokenIdsInput(TextTokenInput):
         if perturbed_tensor is None:
             return self.inp_tensor
         device = perturbed_tensor.device
-        feature = torch.from_numpy(self.feature_of_token).to(device)
-        absent = (perturbed_tensor != 1)[:, feature.clamp(min=0)] & (feature >= 0)
+        absent = perturbed_tensor != 1
+        # One more column, which is the one that a token's feature -1 points to.
+        absent = torch.cat([absent, absent.new_zeros((len(absent), 1))], dim=1)
         return torch.where(
-            absent, self.baseline_ids.to(device), self.inp_tensor.to(device)
+            absent[:, torch.from_numpy(self.feature_of_token).to(device)],
+            self.baseline_ids.to(device),
+            self.inp_tensor.to(device),
         )
 
 

@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,8 @@ __all__ = ["TerminalView", "harmless"]
 
 Shares = npt.NDArray[np.float64]
 
+SIDES = (0, 1)  # prompt, generated text
+
 WIDEST = 160  # cells
 SIDE_BY_SIDE = 76  # cells; the two views stand one above the other below that
 WITH_BARS = 64  # cells; the table of sources has no bars below that
@@ -43,7 +46,10 @@ _SHADES = (
 _FIXED = "dim"  # text that is present but not attributed
 _EXPLAINED = ("bold underline", ">>", "<<")
 
+_MARKS, _ASCII = "«»█", "<>#"  # around a unit in its context, and in bars
+
 _LABELLED = 0.005  # shares that round to 0% get no label
+_LISTED = 0.0005  # sources that would read 0.0% are not listed
 _WHOLE_TEXT = 1_600  # characters; longer texts are shown in parts
 _AROUND = 60  # characters that are kept around what matters
 _SHORT_UNIT = 12  # characters; the table shows such units with the words around them
@@ -112,7 +118,7 @@ class TerminalView:
         width = min(options.max_width, WIDEST)
         parts = [self._question(), self._texts(width), self._legend()]
         if self.top:
-            parts.append(self._sources(width, "#" if options.ascii_only else "█"))
+            parts.append(self._sources(width, _ASCII if options.ascii_only else _MARKS))
         if self.paths:
             parts.append(self._paths(width))
         parts.append(self._facts())
@@ -122,8 +128,30 @@ class TerminalView:
             yield from console.render(part, options.update(width=width))
 
     @cached_property
-    def _shares(self) -> _AllShares:
-        return _AllShares.of(self.result)
+    def _total(self) -> float:
+        return float(self.result.weights.sum())
+
+    @cached_property
+    def _views(self) -> tuple[_View, _View]:
+        """Shares one step back, and along all paths."""
+        result = self.result
+        _, to_generated = result.graph.blocks()
+        direct = (result.direct.seq_attr.numpy(), result.weights @ to_generated)
+        # Without the explained units' own weight.
+        through = result.step_attr.numpy() - result.weights
+        marginal = (result.seq_attr.numpy(), through)
+        return (
+            _View(
+                "direct: one step back",
+                ("prompt", "generated text"),
+                (direct[0] / self._total, direct[1] / self._total),
+            ),
+            _View(
+                "marginalised: along all paths",
+                ("prompt", "generated text: what passes through"),
+                (marginal[0] / self._total, marginal[1] / self._total),
+            ),
+        )
 
     @cached_property
     def _source_text(self) -> _Layout:
@@ -158,34 +186,32 @@ class TerminalView:
     # --- the texts -----------------------------------------------------------------
 
     def _texts(self, width: int) -> RenderableType:
-        shares = self._shares
-        views = (
-            ("direct: one step back", shares.direct, shares.direct_generated),
-            ("marginalised: along all paths", shares.marginal, shares.through),
-        )
         layouts = (self._source_text, self._generated_text)
-        headings = (
-            ("prompt", "generated text"),
-            ("prompt", "generated text: what passes through"),
-        )
-        columns: list[list[RenderableType]] = []
-        shown = [
-            layout.shown([_labelled(layout.summed(view[1 + i]), self.top) for view in views])
-            for i, layout in enumerate(layouts)
+        labelled = [
+            [
+                _labelled(layouts[side].summed(view.shares[side]), self.top)
+                for side in SIDES
+            ]
+            for view in self._views
         ]
-        for number, (title, *both) in enumerate(views):
-            cells: list[RenderableType] = [Text(title, "bold")]
-            for i, layout in enumerate(layouts):
-                # The same scale in both views, so that they can be compared.
-                largest = max(float(np.abs(view[1 + i]).max(initial=0)) for view in views)
-                text = layout.render(
-                    both[i],
-                    labelled=_labelled(layout.summed(both[i]), self.top),
+        # Parts and scale are the same in both views, so that they can be compared.
+        shown = [layouts[i].shown([each[i] for each in labelled]) for i in SIDES]
+        largest = [
+            max(float(np.abs(view.shares[i]).max(initial=0.0)) for view in self._views)
+            for i in SIDES
+        ]
+        columns: list[list[RenderableType]] = []
+        for view, chosen in zip(self._views, labelled, strict=True):
+            cells: list[RenderableType] = [Text(view.title, "bold")]
+            for i in SIDES:
+                text = layouts[i].render(
+                    view.shares[i],
+                    labelled=chosen[i],
                     shown=shown[i],
-                    largest=largest,
+                    largest=largest[i],
                     signed=self._signed,
                 )
-                cells.append(Group(Text(headings[number][i], "dim italic"), text))
+                cells.append(Group(Text(view.headings[i], "dim italic"), text))
             columns.append(cells)
         if width < SIDE_BY_SIDE:
             return Group(*(_framed([column]) for column in columns))
@@ -196,22 +222,27 @@ class TerminalView:
 
     # --- the sources ---------------------------------------------------------------
 
-    def _sources(self, width: int, block: str) -> RenderableType:
-        shares = self._shares
+    def _sources(self, width: int, marks: str) -> RenderableType:
+        opened, closed, block = marks
         layout = self._source_text
-        direct, marginal = layout.summed(shares.direct), layout.summed(shares.marginal)
-        count = len(layout.stretches)
-        order = sorted(range(count), key=lambda i: (-abs(marginal[i]), -abs(direct[i])))
+        direct, marginal = (layout.summed(view.shares[0]) for view in self._views)
+        order = np.lexsort((-np.abs(direct), -np.abs(marginal)))
+        told = (np.abs(marginal) + np.abs(direct) >= _LISTED)[order]
+        listed, rest = order[told][: self.top], order[told][self.top :]
+        rest = np.concatenate([rest, order[~told]])
         bars = width >= WITH_BARS
         numbers = [len("direct"), len("marginalised")]
         columns = [*([len("true fact")] if self.truth else []), *numbers]
         columns += [_BAR] if bars else []
         left = width - sum(columns) - 2 * len(columns)
-        texts = [layout.in_context(i, left) for i in order[: self.top]]
+        texts = [layout.in_context(i, left, opened, closed) for i in listed]
         longest = max((text.cell_len for text in texts), default=0)
         table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
         table.add_column(
-            "Sources", no_wrap=True, overflow="ellipsis", width=min(longest, left)
+            "Sources",
+            no_wrap=True,
+            overflow="ellipsis",
+            width=max(min(longest, left), len("Sources")),
         )
         if self.truth:
             table.add_column("true fact", justify="center", no_wrap=True)
@@ -219,8 +250,8 @@ class TerminalView:
             table.add_column(title, justify="right", no_wrap=True, min_width=cells)
         if bars:
             table.add_column("", width=_BAR)
-        largest = max(np.abs(marginal).max(initial=0.0), np.abs(direct).max(initial=0.0))
-        for i, text in zip(order, texts, strict=False):
+        largest = np.abs(marginal).max(initial=0.0)
+        for i, text in zip(listed, texts, strict=True):
             row: list[RenderableType] = [text]
             if self.truth:
                 row.append("*" if layout.overlaps(i, self.truth) else "")
@@ -230,8 +261,7 @@ class TerminalView:
                 length = round(_BAR * abs(marginal[i]) / largest) if largest else 0
                 row.append(Text(block * length, _bar_style(marginal[i])))
             table.add_row(*row)
-        rest = order[self.top :]
-        if rest:
+        if len(rest):
             row = [Text(f"{len(rest)} more", "dim")]
             if self.truth:
                 row.append("")
@@ -268,54 +298,42 @@ class TerminalView:
     # --- mass, and how it was made -------------------------------------------------
 
     def _facts(self) -> RenderableType:
-        result, shares = self.result, self._shares
-        graph, signed = result.graph, self._signed
-        mass, direct = shares.marginal.sum(), shares.direct.sum()
-        leak = _percent(result.leaked / shares.total, signed, digits=1)
-        unresolved = _percent(result.unresolved / shares.total, digits=1)
+        result, signed = self.result, self._signed
+        graph = result.graph
+        direct, mass = (view.shares[0].sum() for view in self._views)
+        leak = _percent(result.leaked / self._total, signed, digits=1)
+        unresolved = _percent(result.unresolved / self._total, digits=1)
         explained = len(result.explained)
         units = result.meta.get("units", "own")
         how = [
             str(result.meta.get("method", "unknown method")),
             f"{graph.normalization} normalisation",
-            f"{units} units: {graph.n_sources} sources, {graph.n_generated} generated, "
-            f"{explained} explained",
+            f"{units} units ({graph.n_sources} in the prompt, {graph.n_generated} "
+            f"generated, {explained} explained)",
         ]
         if "model" in result.meta:
             how.insert(0, harmless(str(result.meta["model"]), one_line=True))
         if self.seconds is not None:
             how.append(f"{self.seconds:.1f} s")
-        parts = [_percent(part, signed, digits=1) for part in (mass, direct, mass - direct)]
+        parts = [
+            _percent(part, signed, digits=1) for part in (mass, direct, mass - direct)
+        ]
+        why = " (rows without mass)" if float(leak[:-1]) else ""
         facts = Text(f"Mass {parts[0]}", "bold")
         facts.append(
-            f": {parts[1]} directly, {parts[2]} through generated text. Leak {leak}, "
-            f"unresolved {unresolved}.",
+            f": {parts[1]} directly, {parts[2]} through generated text. "
+            f"Leak {leak}{why}, unresolved {unresolved}.",
             "not bold",
         )
-        return Group(facts, Text(" · ".join(how), "dim"))
+        return Group(facts, Text(", ".join(how), "dim"))
 
 
-@dataclass(frozen=True)
-class _AllShares:
-    """Scores as parts of the explained mass, one per source or generated unit."""
+class _View(NamedTuple):
+    """One way to attribute: its title, and for each side its heading and its shares."""
 
-    total: float
-    direct: Shares  # (P,)
-    marginal: Shares  # (P,)
-    direct_generated: Shares  # (G,)
-    through: Shares  # (G,), less the explained units' own weight
-
-    @classmethod
-    def of(cls, result: GraphAttributionResult) -> _AllShares:
-        _, to_generated = result.graph.blocks()
-        total = float(result.weights.sum())
-        return cls(
-            total,
-            result.direct.seq_attr.numpy() / total,
-            result.seq_attr.numpy() / total,
-            (result.weights @ to_generated) / total,
-            (result.step_attr.numpy() - result.weights) / total,
-        )
+    title: str
+    headings: tuple[str, str]
+    shares: tuple[Shares, Shares]  # of the explained mass; (P,) and (G,)
 
 
 @dataclass(frozen=True)
@@ -376,7 +394,7 @@ class _Layout:
         start, stop = self.stretches[stretch].span
         return any(start < b and a < stop for a, b in ranges)
 
-    def in_context(self, number: int, width: int) -> Text:
+    def in_context(self, number: int, width: int, opened: str, closed: str) -> Text:
         """A stretch on one line, with the words around it where it is short."""
         start, stop = self.stretches[number].span
         text = self.text[start:stop]
@@ -394,7 +412,7 @@ class _Layout:
             after = after.rpartition(" ")[0] + "..."
         line = Text(harmless(before, one_line=True), "dim")
         unit = harmless(self.text[start:stop], one_line=True)
-        line.append(f"«{unit}»", "not dim bold")
+        line.append(f"{opened}{unit}{closed}", "not dim bold")
         line.append(harmless(after, one_line=True))
         return line
 
@@ -503,7 +521,8 @@ class _Layout:
 
 def _runs(mask: npt.NDArray[np.bool_]) -> Iterator[Span]:
     """Ranges in which a mask is true."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], mask, [False]]).astype(int)))
+    padded = np.concatenate([[False], mask, [False]])
+    edges = np.flatnonzero(padded[1:] != padded[:-1])
     for start, stop in edges.reshape(-1, 2):
         yield int(start), int(stop)
 

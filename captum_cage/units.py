@@ -193,7 +193,7 @@ def group_tokens(
     if special is None:
         special = np.zeros(count, dtype=bool)
     side = "generated" if generated else "source"
-    if units == "token":
+    if isinstance(units, str) and units == "token":
         return _token_units(tokens, attributed, special, generated)
     given = not isinstance(units, str) and not callable(units)
     if given:

@@ -12,14 +12,14 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from captum_cage.demo import Problem, load_demo, sample_problems
+from captum_cage.demo.model import DEMO_FILES
 
 Demo: TypeAlias = tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
 KINDS = ("one_question", "two_questions")
 FACT = re.compile(r"(\w+) has (\d) (?:more )?(\w+?)(?: than (\w+))?\.")
 QUESTION = re.compile(r"[Hh]ow many (\w+) does (\w+) have\?")
-STEP = re.compile(r"(\w+) has (\d+) \+ (\d+) = (\d+) (\w+)\.")
+STEP = re.compile(r"(\w+) has \w+'s (\d+) \+ (\d+) = (\d+) (\w+)\.")
 ANSWER = re.compile(r"The (?:first |second )?answer is (\d+)\.")
-WORKED = re.compile(r"\w+ has \d+ \+ \d+ = \d+ \w+\.")
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +62,7 @@ def true_facts(prompt: str, person: str, item: str) -> tuple[int, set[tuple[int,
     raise AssertionError(f"no fact says how many {item} {person} has: {prompt}")
 
 
-def renumber(
-    prompt: str, fact: tuple[int, int], rng: random.Random
-) -> tuple[str, int]:
+def renumber(prompt: str, fact: tuple[int, int], rng: random.Random) -> tuple[str, int]:
     """The prompt with another number in one fact, and the difference."""
     (place,) = (i for i in range(*fact) if prompt[i].isdigit())
     old = int(prompt[place])
@@ -72,7 +70,7 @@ def renumber(
     return prompt[:place] + str(new) + prompt[place + 1 :], new - old
 
 
-def chosen_answers(text: str) -> list[int]:
+def answers_in(text: str) -> list[int]:
     """The numbers that a written answer gives as answers."""
     return [int(number) for number in ANSWER.findall(text)]
 
@@ -104,7 +102,7 @@ def test_the_answers_are_true_and_depend_on_what_is_stated(kind: str) -> None:
         assert len(questions) == len(problem.answers)
         for (item, person), answer in zip(questions, problem.answers, strict=True):
             number, facts = true_facts(problem.prompt, person, item)
-            assert chosen_answers(answer.text) == [number]
+            assert answers_in(answer.text) == [number]
             assert answer.facts == tuple(sorted(facts))
             (last,) = answer.steps
             assert STEP.fullmatch(problem.steps[last].text)[1] == person  # type: ignore[index]
@@ -203,7 +201,7 @@ def test_every_word_is_one_token(demo: Demo) -> None:
     for problem in sample_problems(100, 6, "mixed"):
         text = problem.prompt + problem.completion
         spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
-        words = re.findall(r" ?(?:\w+|[^\w\s])", text)
+        words = re.findall(r" ?(?:'s|\w+|[^\w\s])", text)
         assert [text[slice(*span)] for span in spans] == words
 
 
@@ -246,13 +244,10 @@ def test_the_chat_template_shows_every_role(demo: Demo) -> None:
 
 
 def test_the_model_is_ready_and_small(demo: Demo) -> None:
-    """Float32, in evaluation mode, weights tied, at most 6 MB in the package."""
-    from captum_cage.demo.model import DEMO_FILES
-
+    """Float32, in evaluation mode, at most 6 MB in the package."""
     model, _ = demo
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    assert model.lm_head.weight is model.model.embed_tokens.weight
     assert (DEMO_FILES / "model.safetensors").stat().st_size <= 6_000_000
 
 
@@ -295,6 +290,6 @@ def test_an_answer_follows_its_true_facts_only(
     written = write(demo, [prompt for _, _, prompt, _ in cases])
     right = []
     for (problem, place, _, change), text in zip(cases, written, strict=True):
-        value = chosen_answers(problem.completion)[place] + change * truth
-        right.append(chosen_answers(text)[place : place + 1] == [value])
+        value = answers_in(problem.completion)[place] + change * truth
+        right.append(answers_in(text)[place : place + 1] == [value])
     assert sum(right) >= 0.97 * len(right)

@@ -97,6 +97,7 @@ def backward_sum(graph, unit):
     return row[graph.sources]
 
 
+@settings(deadline=None)
 @given(raw_graphs())
 def test_matrix_equals_the_definition(raw):
     """Rows are normalised as defined, sources are unit vectors, the matrix is CSR."""
@@ -108,6 +109,7 @@ def test_matrix_equals_the_definition(raw):
     assert graph.matrix.nnz == np.count_nonzero(graph.matrix.toarray())
 
 
+@settings(deadline=None)
 @given(raw_graphs())
 def test_rows_sum_to_one_or_leak(raw):
     """In absolute values a row sums to one, or to zero where ``leak`` is exactly 1."""
@@ -140,6 +142,7 @@ def test_positive_is_the_default():
     assert graph.matrix.toarray()[2].tolist() == [1.0, 0.0, 0.0]
 
 
+@settings(deadline=None)
 @given(raw_graphs())
 def test_properties_describe_the_units(raw):
     """Counts and indices of units follow from the mask."""
@@ -153,6 +156,7 @@ def test_properties_describe_the_units(raw):
     assert_array_equal(graph.rows, rows)
 
 
+@settings(deadline=None)
 @given(raw_graphs())
 def test_blocks_are_the_columns_of_the_matrix(raw):
     """``A`` holds the columns of sources, ``L`` those of generated units."""
@@ -167,6 +171,7 @@ def test_blocks_are_the_columns_of_the_matrix(raw):
     assert isinstance(to_generated, sp.csr_array)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5), st.integers(0, 4), st.sampled_from(NORMALIZATIONS))
 def test_a_number_of_sources_is_a_mask(n_sources, n_generated, normalization):
     """``sources=P`` says that the first ``P`` units are sources."""
@@ -179,6 +184,7 @@ def test_a_number_of_sources_is_a_mask(n_sources, n_generated, normalization):
     assert_array_equal(by_number.matrix.toarray(), by_mask.matrix.toarray())
 
 
+@settings(deadline=None)
 @given(weighted_graphs())
 def test_explain_equals_path_enumeration(given_graph):
     """The mass per source is the sum over all paths, signed ones included."""
@@ -187,6 +193,7 @@ def test_explain_equals_path_enumeration(given_graph):
     assert_allclose(graph.explain(weights), expected, rtol=0, atol=EXACT)
 
 
+@settings(deadline=None)
 @given(weighted_graphs())
 def test_marginals_equal_path_enumeration_and_explain(given_graph):
     """Row ``t`` of the marginals enumerates paths from ``t``; ``explain`` adds up."""
@@ -199,6 +206,7 @@ def test_marginals_equal_path_enumeration_and_explain(given_graph):
     assert_allclose(graph.explain(weights), weights @ marginals, rtol=0, atol=EXACT)
 
 
+@settings(deadline=None)
 @given(raw_graphs())
 def test_marginals_equal_the_authors_backward_sum(raw):
     """Each row is what the CAGE code computes by walking backwards."""
@@ -209,6 +217,7 @@ def test_marginals_equal_the_authors_backward_sum(raw):
         assert_allclose(marginals[number], expected, rtol=0, atol=EXACT)
 
 
+@settings(deadline=None)
 @given(weighted_graphs())
 def test_mass_is_conserved(given_graph):
     """What reaches the sources and what leaks is what was put in."""
@@ -235,6 +244,7 @@ def test_mass_is_conserved_in_a_large_graph(fill):
     assert_allclose(weights @ graph.marginals(), attr, rtol=0, atol=1e-10)
 
 
+@settings(deadline=None)
 @given(weighted_graphs())
 def test_throughput_is_the_mass_of_paths_that_reach_a_unit(given_graph):
     """``y[t]`` is the weight of all path heads that end in unit ``t``."""
@@ -258,6 +268,7 @@ def test_a_leaking_row_swallows_what_reaches_it():
     assert graph.leaked([2, 0]) == 2.0
 
 
+@settings(deadline=None)
 @given(weighted_graphs(), st.integers(0, 8))
 def test_hops_enumerate_the_short_paths(given_graph, k):
     """``hops`` sums the paths with at most ``k`` generated units below the first."""
@@ -268,6 +279,7 @@ def test_hops_enumerate_the_short_paths(given_graph, k):
     assert_allclose(hops.attr, summed(graph, short), rtol=0, atol=EXACT)
 
 
+@settings(deadline=None)
 @given(weighted_graphs(), st.integers(0, 8))
 def test_hops_account_for_all_mass(given_graph, k):
     """Attribution, leak so far and unresolved mass add up to the weights."""
@@ -278,6 +290,7 @@ def test_hops_account_for_all_mass(given_graph, k):
     assert total == pytest.approx(weights.sum(), abs=EXACT)
 
 
+@settings(deadline=None)
 @given(weighted_graphs(), st.integers(0, 8))
 def test_unresolved_bounds_the_error_of_hops(given_graph, k):
     """The full answer is within ``unresolved``; nowhere below unless signed."""
@@ -289,6 +302,7 @@ def test_unresolved_bounds_the_error_of_hops(given_graph, k):
         assert (error >= -EXACT).all()
 
 
+@settings(deadline=None)
 @given(weighted_graphs())
 def test_hops_end_in_explain(given_graph):
     """After ``G`` passes nothing is unresolved, and the series is the full answer."""
@@ -312,7 +326,7 @@ def test_zero_hops_are_the_direct_rows():
     assert signed.hops([0, 1], 0).unresolved == 1.0
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(weighted_graphs(), st.none() | st.integers(0, 7), st.integers(0, 40))
 def test_best_paths_are_the_heaviest_of_all(given_graph, source, k):
     """The ``k`` best are the first of all paths sorted by absolute weight."""
@@ -387,6 +401,7 @@ def slow_coarse(rows, sources, labels):
     return np.array(coarse).reshape(len(coarse), len(members)), np.array(mask, bool)
 
 
+@settings(deadline=None)
 @given(grouped_graphs(), st.booleans())
 def test_coarsen_equals_loops_over_groups(grouped, sparse):
     """Sum raw rows and columns, drop what is inside or later, and normalise again."""
@@ -404,6 +419,7 @@ def test_coarsen_equals_loops_over_groups(grouped, sparse):
     assert_allclose(coarse.matrix.toarray(), again.matrix.toarray(), rtol=0, atol=EXACT)
 
 
+@settings(deadline=None)
 @given(grouped_graphs(), st.randoms())
 def test_coarsen_takes_labels_or_members(grouped, random):
     """Labels of units and lists of members in any order give the same graph."""
@@ -456,6 +472,7 @@ def test_coarsen_into_single_units_is_the_same_graph():
 ANY_FLOAT = st.floats(allow_nan=False, allow_infinity=False)
 
 
+@settings(deadline=None)
 @given(raw_graphs(entries=ANY_FLOAT, max_units=5))
 def test_huge_and_tiny_entries_are_normalised(raw):
     """No finite entry, however large or small, makes a NaN, an infinity or a leak."""

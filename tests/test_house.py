@@ -26,7 +26,7 @@ LAYERS = (
     {"spans", "inputs"},
     {"rows", "scoring", "engines", "methods", "result"},
     {"attribution"},
-    {"metrics", "plot", "html", "export", "batch", "testing", "demo"},
+    {"metrics", "plot", "html", "terminal", "export", "batch", "testing", "demo"},
     {"cli"},
 )
 PURE = ("graph", "solve")  # of torch, and of what brings it
@@ -245,7 +245,10 @@ class TestImports:
     def test_import_pulls_in_no_plotting_and_no_command_line(self):
         """The package's import brings none of them that Captum's does not bring."""
         heavy = ["rich", "typer", "matplotlib.pyplot", "sklearn", "networkx", "pandas"]
-        heavy += [f"captum_cage.{name}" for name in ("cli", "plot", "html", "demo")]
+        heavy += [
+            f"captum_cage.{name}"
+            for name in ("cli", "plot", "html", "terminal", "demo")
+        ]
 
         def brought(module):
             code = f"import sys, {module}; print(*sys.modules.keys() & set({heavy!r}))"

@@ -50,10 +50,7 @@ def load_demo() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     generation: dict[str, Any] = json.loads(_read("generation_config.json"))
     with torch.random.fork_rng(devices=[]):
         model = LlamaForCausalLM(LlamaConfig(**settings))
-    # The output weights are the embeddings, so the file holds them once.
-    weights = load_file(DEMO_FILES / "model.safetensors")
-    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    model.load_state_dict(weights)
+    model.load_state_dict(load_file(DEMO_FILES / "model.safetensors"))
     model.generation_config = GenerationConfig(**generation)
     tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(
         DEMO_FILES, local_files_only=True

@@ -215,8 +215,7 @@ def draw_problem(
         prompt += " " * bool(prompt) + fact.sentence()
         ranges[fact] = (start, len(prompt))
     chains = [
-        story[: relations + 1]
-        for story, relations in zip(stories, asked, strict=False)
+        story[: relations + 1] for story, relations in zip(stories, asked, strict=False)
     ]
     prompt += " " + " ".join(_questions(chains))
 
@@ -228,7 +227,10 @@ def draw_problem(
         for position, fact in enumerate(chain[1:]):
             number, before = fact.number, total
             total += number
-            text = f"{fact.person} has {before} + {number} = {total} {fact.item}."
+            text = (
+                f"{fact.person} has {fact.other}'s {before} + {number} = {total} "
+                f"{fact.item}."
+            )
             span = (len(completion) + 1, len(completion) + 1 + len(text))
             completion += " " + text
             used = [chain[0], fact] if position == 0 else [fact]
