@@ -15,6 +15,7 @@ import json
 import math
 import random
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -52,8 +53,9 @@ CHAT_TEMPLATE = (
 MAX_LENGTH = 512
 MAX_NEW_TOKENS = 128
 ROPE_THETA = 10000.0
-STEPS = 3600
+STEPS = 3000
 SAVE_EVERY = 200
+ADAM = 0.2  # learning rate of AdamW, as a share of Muon's
 POOL = 1024  # problems drawn at once and sorted by length into batches
 IGNORED = -100
 
@@ -111,9 +113,9 @@ def build_model(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         attention_bias=True,
-        attn_implementation="eager",
     )
     model = LlamaForCausalLM(config)
+    model.set_attn_implementation("eager")  # faster to train on a CPU than sdpa
     initialise(model)
     return model
 
@@ -123,7 +125,7 @@ def initialise(model: LlamaForCausalLM) -> None:
     """Start where looking things up is near.
 
     Found by chance, a look-up takes most of the training. It needs to know which words
-    stand together, so head ``h`` of the first layer starts by attending ``h + 1``
+    stand together, so head ``h < 3`` of the first layer starts by attending ``h + 1``
     tokens back: with rotary positions, a bias of the queries that is the keys' bias
     turned back by ``d`` steps prefers the token ``d`` steps back. And it needs to find
     a place that is like the present one, so in the other layers queries and keys start
@@ -145,7 +147,7 @@ def initialise(model: LlamaForCausalLM) -> None:
     first = model.model.layers[0].self_attn
     torch.nn.init.normal_(first.q_proj.weight, std=0.02)
     torch.nn.init.normal_(first.k_proj.weight, std=0.02)
-    for head in range(config.num_attention_heads):
+    for head in range(min(3, config.num_attention_heads)):
         angle = -(head + 1) * turns
         cosine = slice(head * size, head * size + len(turns))
         sine = slice(cosine.start + size // 2, cosine.stop + size // 2)
@@ -155,16 +157,17 @@ def initialise(model: LlamaForCausalLM) -> None:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, pairs: Sequence[tuple[str, str]], chat: float
+    tokenizer: PreTrainedTokenizerFast, lessons: Sequence[Lesson], chat: float
 ) -> list[tuple[list[int], int]]:
     """Token ids of each prompt with its answer, and where the answer starts.
 
-    A share ``chat`` of the pairs is rendered as the chat template does it.
+    A share ``chat`` of the lessons is rendered as the chat template does it.
     """
     backend = tokenizer.backend_tokenizer
-    prompts = backend.encode_batch_fast([prompt for prompt, _ in pairs])
-    answers = backend.encode_batch_fast([answer for _, answer in pairs])
-    user, assistant, end = tokenizer.convert_tokens_to_ids([USER, ASSISTANT, END])
+    prompts = backend.encode_batch_fast([lesson.prompt for lesson in lessons])
+    answers = backend.encode_batch_fast([lesson.answer for lesson in lessons])
+    known = tokenizer.get_vocab()
+    user, assistant, end = (known[token] for token in (USER, ASSISTANT, END))
     encoded = []
     for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = list(prompt.ids)
@@ -193,7 +196,7 @@ def blank(
     gone = rng.random((rows, length)) < chance
 
     last = np.isin(ids, ends)
-    sentence = np.cumsum(last, axis=1) - last  # (rows, length)
+    sentence: IntArray = np.cumsum(last, axis=1) - last  # (rows, length)
     for row in np.flatnonzero(by_sentence):
         count = int(sentence[row][text[row]].max()) + 1
         lost = rng.permutation(count)[: min(count, rng.geometric(0.6))]
@@ -213,25 +216,34 @@ class Stage(NamedTuple):
     blank: float
 
 
-# Looking up a fact is what takes long to learn. It is learnt soonest among few facts
-# about one item, where only the person tells them apart, and by repeating facts in
-# another order. The last stage is like the held-out problems.
+# Looking up a fact is what takes long to learn. It is learnt soonest by repeating a few
+# facts in another order, all about one item, where only the person tells them apart.
+# The last stage is like the held-out problems.
 STAGES = (
-    Stage(0.12, (2, 5), 1.0, 0.0, 0.4, 0.0),
-    Stage(0.25, (4, 7), 0.8, 0.1, 0.2, 0.05),
-    Stage(0.55, (4, 9), 0.8, 0.25, 0.0, 0.05),
-    Stage(1.00, (6, 9), 0.4, 0.25, 0.0, 0.3),
+    Stage(0.12, (3, 6), 1.0, 0.0, 0.8, 0.0),
+    Stage(0.25, (4, 7), 0.8, 0.0, 0.3, 0.0),
+    Stage(0.45, (5, 9), 0.6, 0.0, 0.1, 0.02),
+    Stage(1.00, (6, 9), 0.4, 0.0, 0.0, 0.25),
 )
 
 
-def practice(stage: Stage, seed: int) -> list[tuple[str, str]]:
-    """A pool of training prompts and what to write after them.
+class Lesson(NamedTuple):
+    """A prompt and what to write after it.
 
-    A third has three questions; a share has none and wants the facts in another order.
+    ``repeats``: what to write are the facts in another order. Then the first word of a
+    sentence cannot be known and is not asked for.
     """
+
+    prompt: str
+    answer: str
+    repeats: bool
+
+
+def practice(stage: Stage, seed: int) -> list[Lesson]:
+    """A pool of lessons: repeated facts, and problems with one to three questions."""
     rng = random.Random(f"practice {seed}")
-    pairs: list[tuple[str, str]] = []
-    while len(pairs) < POOL:
+    lessons: list[Lesson] = []
+    while len(lessons) < POOL:
         problem = draw_problem(
             rng,
             rng.randint(1, 3),
@@ -244,33 +256,39 @@ def practice(stage: Stage, seed: int) -> list[tuple[str, str]]:
         if rng.random() < stage.repeat:
             told = [problem.prompt[slice(*fact)] for fact in problem.facts]
             again = rng.sample(told, len(told))
-            pairs.append((" ".join(told), " " + " ".join(again)))
+            lessons.append(Lesson(" ".join(told), " " + " ".join(again), True))
         else:
-            pairs.append((problem.prompt, problem.completion))
-    return pairs
+            lessons.append(Lesson(problem.prompt, problem.completion, False))
+    return lessons
 
 
 def batches(
     tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, start: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Inputs and labels of every training step from ``start``, the same in each run."""
-    ends = np.array(tokenizer.convert_tokens_to_ids([".", "?"]))
+    full_stop = tokenizer.get_vocab()["."]
+    ends = np.array([full_stop, tokenizer.get_vocab()["?"]])
     per_pool = POOL // args.batch
     for pool in range(start // per_pool, math.ceil(args.steps / per_pool)):
         seed = args.seed * 1_000_003 + pool
         progress = pool * per_pool / args.steps
         stage = next(stage for stage in STAGES if progress < stage.until)
-        encoded = encode(tokenizer, practice(stage, seed), chat=0.5)
+        lessons = practice(stage, seed)
+        encoded = encode(tokenizer, lessons, chat=0.5)
         rng = np.random.default_rng(seed)
         order = sorted(range(POOL), key=lambda index: len(encoded[index][0]))
         for number, group in enumerate(rng.permutation(per_pool)):
-            rows = [encoded[i] for i in order[group * args.batch :][: args.batch]]
+            chosen = order[group * args.batch :][: args.batch]
+            rows = [encoded[i] for i in chosen]
             length = 8 * math.ceil(max(len(ids) for ids, _ in rows) / 8)
             ids = np.full((args.batch, length), tokenizer.pad_token_id)
             labels = np.full((args.batch, length), IGNORED)
             for row, (tokens, answer) in enumerate(rows):
                 ids[row, : len(tokens)] = tokens
                 labels[row, answer - 1 : len(tokens) - 1] = tokens[answer:]
+                if lessons[chosen[row]].repeats:
+                    labels[row, answer - 1] = IGNORED
+                    labels[row, ids[row] == full_stop] = IGNORED
             inputs = blank(ids, ends, rng, stage.blank)
             if pool * per_pool + number >= start:
                 yield torch.from_numpy(inputs), torch.from_numpy(labels)
@@ -289,7 +307,9 @@ def train(
         torch.optim.Muon(
             matrices, lr=args.lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
         ),
-        torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.AdamW(
+            others, lr=ADAM * args.lr, betas=(0.9, 0.98), weight_decay=0.0
+        ),
     ]
     checkpoint: Path = args.checkpoint
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -315,9 +335,9 @@ def train(
             break
         warm = min(1.0, (step + 1) / (0.04 * args.steps))
         rate = args.lr * warm * min(1.0, 2.0 * (1 - step / args.steps))
-        for optimizer in optimizers:
+        for optimizer, share in zip(optimizers, (1.0, ADAM), strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = share * rate
         with torch.autocast("cpu", torch.bfloat16):
             hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state
             asked = labels != IGNORED
@@ -361,6 +381,7 @@ def save(
         for name, tensor in model.state_dict().items()
     }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
     tokenizer.backend_tokenizer.save(str(out / "tokenizer.json"))
     config = model.config
     names = (
@@ -421,16 +442,16 @@ def write(
         batch = tokenizer(
             [prompts[i] for i in chosen], padding=True, return_tensors="pt"
         )
-        ids = model.generate(**batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)[
-            :, batch["input_ids"].shape[1] :
-        ]
+        ids = model.generate(  # type: ignore[misc]
+            **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+        )[:, batch["input_ids"].shape[1] :]
         for index, row in zip(chosen, ids.tolist(), strict=True):
             length = (
                 row.index(tokenizer.eos_token_id)
                 if tokenizer.eos_token_id in row
                 else len(row)
             )
-            written[index] = tokenizer.decode(row[:length])
+            written[index] = str(tokenizer.decode(row[:length]))
     return written
 
 
@@ -506,7 +527,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=64, help="default: %(default)s")
-    parser.add_argument("--lr", type=float, default=1e-3, help="default: %(default)s")
+    parser.add_argument("--lr", type=float, default=1e-2, help="default: %(default)s")
     parser.add_argument("--layers", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--width", type=int, default=128, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -530,7 +551,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         args.steps, args.batch, args.layers, args.width = 4, 8, 1, 32
         args.evaluate = 2
         if args.out == DEMO_FILES:
-            parser.error("--smoke: pass --out too, so that the model in place stays.")
+            args.out = Path(tempfile.mkdtemp(prefix="train_demo_"))
     if args.checkpoint is None:
         args.checkpoint = (
             args.out / "checkpoint.pt" if args.smoke else Path("build/train_demo.pt")

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 from typing import Annotated, Any, TextIO
 
 import torch
@@ -34,7 +35,6 @@ from captum.attr import (
     ShapleyValueSampling,
 )
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.core import TyperGroup
 
 from captum_cage._captum import DEFAULT_GEN_ARGS
@@ -209,6 +209,7 @@ ExplainOption = Annotated[
     str | None,
     typer.Option(
         "--explain",
+        show_default=False,
         metavar="SPAN",
         help="What to explain: a text in the generated text (its last occurrence), the "
         "number of a generated unit (-1 is the last), START:STOP of them, or a pattern "
@@ -231,6 +232,7 @@ WidthOption = Annotated[
     int | None,
     typer.Option(
         "--width",
+        show_default=False,
         min=20,
         help="Columns to use. Default: those of the terminal.",
         rich_help_panel=_OUTPUT,
@@ -240,6 +242,7 @@ JsonOption = Annotated[
     str | None,
     typer.Option(
         "--json",
+        show_default=False,
         metavar="FILE",
         help="Write all numbers to this file; to stdout, and nothing else, for a dash.",
         rich_help_panel=_OUTPUT,
@@ -249,6 +252,7 @@ SaveOption = Annotated[
     Path | None,
     typer.Option(
         "--save",
+        show_default=False,
         metavar="FILE",
         help="Save the result, for captum-cage show or for Python.",
         rich_help_panel=_OUTPUT,
@@ -457,6 +461,7 @@ def explain(
         str,
         typer.Option(
             "--model",
+            show_default=False,
             metavar="NAME_OR_PATH",
             help="A causal language model: a folder, a name on the Hugging Face hub, "
             "or demo for the model in the package.",
@@ -466,6 +471,7 @@ def explain(
         str,
         typer.Option(
             "--prompt",
+            show_default=False,
             metavar="TEXT|@FILE|-",
             help="The prompt: a text, @ and the name of a file, or a dash for stdin. "
             "One newline at the end of a file is dropped. @@ stands for a plain @.",
@@ -475,6 +481,7 @@ def explain(
         str | None,
         typer.Option(
             "--target",
+            show_default=False,
             metavar="TEXT|@FILE",
             help="The generated text. Default: the model generates it, greedily.",
         ),
@@ -490,6 +497,7 @@ def explain(
         str | None,
         typer.Option(
             "--system",
+            show_default=False,
             metavar="TEXT|@FILE",
             help="A system message, for --chat. It is read and not attributed.",
         ),
@@ -526,6 +534,7 @@ def explain(
         int | None,
         typer.Option(
             "--samples",
+            show_default=False,
             min=1,
             help="Samples per generated unit, for shapley-sampling, lime, kernel-shap.",
             rich_help_panel=_METHOD,
@@ -535,6 +544,7 @@ def explain(
         int | None,
         typer.Option(
             "--steps",
+            show_default=False,
             min=1,
             help="Steps of the integral, for integrated-gradients.",
             rich_help_panel=_METHOD,
@@ -544,6 +554,7 @@ def explain(
         str | None,
         typer.Option(
             "--baseline",
+            show_default=False,
             metavar="TOKEN",
             help="The token that stands for an absent one. Default: the tokenizer's "
             "unknown, end or padding token, the first that it has.",
@@ -784,20 +795,22 @@ def _load_pretrained(
     loading: dict[str, Any] = {argument: number_type or "auto"}
     loading["trust_remote_code"] = trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
+        # By attribute: transformers imports these, and much more, at their first use.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
-        return AutoModelForCausalLM.from_pretrained(name, **loading), tokenizer
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, **loading)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         # The first sentences say what is wrong; pages of advice may follow.
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
         remedy = "Check the name, the path and the network."
-        if "trust_remote_code" in reason:
+        if "trust_remote_code" in str(error):
             remedy = "If you trust it, pass --trust-remote-code."
         raise ValueError(
             f"--model: {name!r} could not be loaded. {remedy} "
             f"transformers says: {reason}"
         ) from error
+    return model, tokenizer
 
 
 def _input(
@@ -835,7 +848,9 @@ def _absent(tokenizer: Any) -> int:
     )
 )
 def show(
-    file: Annotated[Path, typer.Argument(help="A result that was saved.")],
+    file: Annotated[
+        Path, typer.Argument(show_default=False, help="A result that was saved.")
+    ],
     explain: ExplainOption = None,
     top: TopOption = 8,
     paths: PathsOption = 3,

@@ -85,7 +85,8 @@ class TokenIdsInput(TextTokenInput):
 
     Like Captum's ``TextTokenInput``, but the ids go in as they are, tokens can be
     grouped into features or left out of them, and each token may have a baseline of
-    its own. Works wherever a ``TextTokenInput`` does.
+    its own. Works wherever a ``TextTokenInput`` does, except that Captum's gradient
+    methods, used without this package, attribute single tokens and take no groups.
 
     Args:
         ids (Sequence[int] or Tensor): token ids of the prompt, special tokens included.

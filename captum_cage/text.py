@@ -217,9 +217,8 @@ _BULLET = re.compile(
 _FINISHED = re.compile(r".*[.!?:;…。！？：；|][\"'”’)\]*_]*\s*$")
 _WRAPPED = 50  # characters: a shorter line was not cut by a margin
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_SPACE = re.compile(r"\s")
 # Quotes, brackets and Markdown's emphasis
-_CLOSING = re.compile(r"[\"'”’»)\]*_]+(?=\s|$)")
+_CLOSING = re.compile(r"(?<!\s)[\"'”’»)\]*_]+(?=\s|$)")
 
 
 def sentence_spans(text: str, language: str = "en") -> list[Span]:
@@ -289,9 +288,9 @@ def _blocks(text: str) -> Iterator[tuple[int, int, bool]]:
 def _split_prose(text: str, start: int, stop: int, language: str) -> Iterator[Span]:
     bullet = _BULLET.match(text, start, stop)
     body = bullet.end() if bullet else start
-    # Same length, so that ranges stay: sentencex takes no lone surrogates, and sees no
-    # end of a sentence before white space other than the usual.
-    block = _SURROGATE.sub(_REPLACEMENT, _SPACE.sub(" ", text[body:stop]))
+    # Same length, so that ranges stay: sentencex takes no lone surrogates.
+    block = _SURROGATE.sub(_REPLACEMENT, text[body:stop])
+    block = block.replace("\n", " ").replace("\r", " ")
     first = start
     for found in sentencex.get_sentence_boundaries(language, block):
         end = int(found["end_index"])

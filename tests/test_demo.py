@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from captum_cage.demo import Problem, load_demo, sample_problems
+from captum_cage.demo import Answer, Problem, Step, load_demo, sample_problems
 from captum_cage.demo.model import DEMO_FILES
 
 Demo: TypeAlias = tuple[LlamaForCausalLM, PreTrainedTokenizerFast]
@@ -33,10 +33,12 @@ def write(demo: Demo, prompts: list[str], chat: bool = False) -> list[str]:
     model, tokenizer = demo
     if chat:
         prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                tokenize=False,
+            str(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}],
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
             )
             for prompt in prompts
         ]
@@ -45,9 +47,11 @@ def write(demo: Demo, prompts: list[str], chat: bool = False) -> list[str]:
         batch = tokenizer(
             prompts[start : start + 100], padding=True, return_tensors="pt"
         )
-        ids = model.generate(**batch, do_sample=False, max_new_tokens=80)
+        ids = model.generate(  # type: ignore[misc]
+            **batch, do_sample=False, max_new_tokens=80
+        )
         new = ids[:, batch["input_ids"].shape[1] :]
-        written += [tokenizer.decode(row).replace("<pad>", "") for row in new]
+        written += [str(tokenizer.decode(row)).replace("<pad>", "") for row in new]
     return written
 
 
@@ -55,7 +59,8 @@ def true_facts(prompt: str, person: str, item: str) -> tuple[int, set[tuple[int,
     """How many of an item a person has, and the facts that say so: read slowly."""
     for found in FACT.finditer(prompt):
         if (found[1], found[3]) == (person, item):
-            number, facts = 0, set()
+            number = 0
+            facts: set[tuple[int, int]] = set()
             if found[4] is not None:
                 number, facts = true_facts(prompt, found[4], item)
             return number + int(found[2]), facts | {found.span()}
@@ -87,10 +92,11 @@ def test_the_ranges_are_the_sentences(kind: str, split: str) -> None:
         assert problem.prompt.startswith(told + " ")
         for fact in problem.facts:
             assert FACT.fullmatch(problem.prompt[slice(*fact)])
-        for part in (*problem.steps, *problem.answers):
+        parts: list[Step | Answer] = [*problem.steps, *problem.answers]
+        for part in parts:
             assert problem.completion[slice(*part.span)] == part.text
             assert set(part.facts) <= set(problem.facts)
-        parts = sorted((*problem.steps, *problem.answers), key=lambda part: part.span)
+        parts.sort(key=lambda part: part.span)
         assert problem.completion == "".join(" " + part.text for part in parts)
 
 

@@ -248,9 +248,12 @@ class TestDecode:
             tokenizer_object=Tokenizer.from_str(tokenizer.backend_tokenizer.to_str()),
             eos_token="<eos>",
             clean_up_tokenization_spaces=True,
+            clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output=True,
         )
         text = "Ana , is n't it ?<eos>"
-        assert decode(tokenizer.encode(text), tidy) == text
+        ids = tokenizer.encode(text)
+        assert tidy.decode(ids) != text
+        assert decode(ids, tidy) == text
 
 
 class TestSpecialIds:
@@ -264,6 +267,13 @@ class TestSpecialIds:
         assert special_ids(tokenizer) == set(
             tokenizer.convert_tokens_to_ids(list(names))
         )
+
+    def test_a_tokenizer_need_not_list_its_added_tokens(self):
+        """Those that it calls special will do."""
+        tokenizer = ByteTokens([b"a"])
+        tokenizer.all_special_ids = [3, 5]
+        tokenizer.unk_token_id = 5
+        assert special_ids(tokenizer) == {3}
 
     def test_one_token_for_end_and_unknown_is_special(self):
         """GPT-2 has ``<|endoftext|>`` for both."""
@@ -356,6 +366,7 @@ class TestSentences:
             # quotes, brackets, emphasis
             ['"Hi!" he said.', "“No.”", "She left (in a hurry).", "‘Why?’", "Oh."],
             ["**Bold.**", "Plain.", "_It._", "Then *more.*", "**Step 1:** Add."],
+            ["See one.", "* See two.", "* See it.", "**So.**"],
             # other scripts
             ["你好。", "世界很大！", "是吗？", "“好的。”", "再见"],
             ["नमस्ते।", "आप कैसे हैं?"],
@@ -391,11 +402,12 @@ class TestSentences:
             [WRAPPED + ":", "then a list"],
             [WRAPPED, "Then a line in upper case"],
             [WRAPPED, "- then an item"],
+            [WRAPPED, "    then = code"],
             [WRAPPED + "!", "then more"],
         ],
         ids=lambda lines: lines[0],
     )
-    @pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n", "\n \t\n"])
+    @pytest.mark.parametrize("newline", ["\n", "\r\n", "\n\n", "\n \t\n", "\u2028"])
     def test_a_line_ends_a_sentence(self, lines, newline):
         """Headings, items of lists, code, tables and short lines are their own."""
         text = newline.join(lines)

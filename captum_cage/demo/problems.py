@@ -177,7 +177,7 @@ def draw_problem(
     *,
     facts: tuple[int, int] = (6, 9),
     same_item: float = 0.25,
-    same_person: float = 0.25,
+    same_person: float = 0.0,
     smallest: int = 1,
 ) -> Problem:
     """One problem, of either part: chains of facts, some of them asked about.
@@ -190,7 +190,7 @@ def draw_problem(
         same_item (float, optional): how often a later chain is about an item met
             before, from 0 to 1. Default: ``0.25``
         same_person (float, optional): how often a later fact is about a person met
-            before, with another item. Default: ``0.25``
+            before, with another item. Default: ``0.0``
         smallest (int, optional): smallest number in a fact. Default: ``1``
 
     Returns:

@@ -1,0 +1,594 @@
+import json
+import re
+import signal
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from captum.attr import (
+    FeatureAblation,
+    LayerGradientXActivation,
+    LayerIntegratedGradients,
+    LLMAttribution,
+    LLMGradientAttribution,
+    ShapleyValueSampling,
+)
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from typer.testing import CliRunner
+
+from captum_cage import cli
+from captum_cage._version import __version__
+from captum_cage.attribution import GraphContextAttribution
+from captum_cage.demo import sample_problems
+from captum_cage.demo.model import DEMO_FILES
+from captum_cage.inputs import ChatTokenInput, TokenIdsInput
+from captum_cage.result import GraphAttributionResult
+
+PROMPT = "Ana has 3 pens. Mia has 4 more pens than Ana."
+TARGET = " Mia has 3 + 4 = 7 pens. The answer is 7."
+PROGRAM = [sys.executable, "-c", "from captum_cage.cli import main; main()"]
+
+
+@pytest.fixture(scope="session")
+def folder(model, tokenizer, tmp_path_factory):
+    """A small model on disk, as transformers saves it."""
+    path = tmp_path_factory.mktemp("tiny")
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch):
+    """No network, a known width, no wish about colour; seeds do not leak."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # for processes
+    monkeypatch.setenv("COLUMNS", "100")
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    state = torch.get_rng_state()
+    yield
+    torch.set_rng_state(state)
+
+
+def run(*arguments, **options):
+    """What the program does when it is called with these arguments."""
+    return CliRunner().invoke(cli.app, [str(a) for a in arguments], **options)
+
+
+def explain(folder, *arguments, prompt=PROMPT, target=TARGET, **options):
+    """The same for ``captum-cage explain`` with the small model."""
+    targets = [] if target is None else ["--target", target]
+    texts = ["--prompt", prompt, *targets]
+    return run("explain", "--model", folder, *texts, *arguments, **options)
+
+
+def one_line(text):
+    """Text with single spaces."""
+    return " ".join(text.split())
+
+
+@pytest.fixture(scope="session")
+def saved(folder, tmp_path_factory):
+    """A result that the program saved."""
+    path = tmp_path_factory.mktemp("saved") / "result.npz"
+    assert explain(folder, "--explain", "answer", "--save", path, "-q").exit_code == 0
+    return path
+
+
+class TestProgram:
+    """What the program does before and around its commands."""
+
+    def test_version_is_printed(self):
+        """On stdout, alone."""
+        done = run("--version")
+        assert (done.exit_code, done.stdout) == (0, f"captum-cage {__version__}\n")
+        assert done.stderr == ""
+
+    @pytest.mark.parametrize("command", ["", "demo", "explain", "show"])
+    def test_help_has_examples(self, command):
+        """For the program and for every command."""
+        done = run(*command.split(), "--help")
+        assert done.exit_code == 0
+        assert re.search(rf"Examples:\s+captum-cage {command}", done.stdout)
+
+    def test_help_documents_the_exit_codes(self):
+        """All four of them."""
+        assert (
+            "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, 130 "
+            "interrupted."
+        ) in one_line(run("--help").stdout)
+
+    @pytest.mark.parametrize(
+        ("arguments", "complaint"),
+        [
+            (["explain", "--modle", "x"], "No such option: --modle"),
+            (["explain", "--model", "x"], "Missing option '--prompt'"),
+            (["demo", "--kind", "three"], "Invalid value for '--kind'"),
+            (["explode"], "No such command 'explode'"),
+            (["show", "x", "--top", "-1"], "Invalid value for '--top'"),
+        ],
+    )
+    def test_wrong_usage_is_exit_code_2(self, arguments, complaint):
+        """Told on stderr."""
+        done = run(*arguments)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert complaint in one_line(done.stderr)
+
+    def test_an_interrupt_is_exit_code_130(self, folder, monkeypatch):
+        """One line, no traceback."""
+
+        def interrupted(*_args, **_kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(GraphContextAttribution, "attribute", interrupted)
+        done = explain(folder)
+        assert (done.exit_code, done.stdout) == (130, "")
+        assert done.stderr.endswith("captum-cage: interrupted\n")
+
+    @pytest.mark.parametrize("kind", [RuntimeError, ValueError, TypeError])
+    def test_an_unexpected_failure_is_exit_code_1(self, kind, folder, monkeypatch):
+        """With its traceback, also where a library raises what our checks raise."""
+
+        def broken(*_args, **_kwargs):
+            raise kind("out of order")
+
+        monkeypatch.setattr(GraphContextAttribution, "attribute", broken)
+        done = explain(folder)
+        assert (done.exit_code, type(done.exception)) == (1, kind)
+
+    def test_a_traceback_can_be_asked_for(self, folder):
+        """Of an error that is otherwise one line."""
+        arguments = ["explain", "--model", folder, "--prompt", "x", "--method", "guess"]
+        assert isinstance(run(*arguments).exception, SystemExit)
+        assert isinstance(run("--traceback", *arguments).exception, ValueError)
+
+    def test_warnings_are_one_line(self, folder, monkeypatch):
+        """On stderr, without the place in our source."""
+        known = GraphContextAttribution.attribute
+
+        def attribute(*args, **kwargs):
+            warnings.warn("so so", stacklevel=1)
+            return known(*args, **kwargs)
+
+        monkeypatch.setattr(GraphContextAttribution, "attribute", attribute)
+        done = explain(folder)
+        assert done.exit_code == 0
+        assert "\ncaptum-cage: warning: so so\n" in done.stderr
+
+
+class TestProcess:
+    """The program as a process, with streams of its own."""
+
+    def test_results_and_notes_go_to_their_streams(self, folder):
+        """Piped, stdout is JSON and nothing else, and stderr is plain lines."""
+        arguments = ["explain", "--model", folder, "--prompt", "-", "--target", TARGET]
+        done = subprocess.run(
+            [*PROGRAM, *arguments, "--json", "-"],
+            input=PROMPT + "\n",
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        found = json.loads(done.stdout)
+        assert found["source_text"] == PROMPT
+        assert found["generated_text"] == TARGET
+        lines = done.stderr.splitlines()
+        assert lines[0] == f"captum-cage: loading {folder}"
+        assert all(line.startswith("captum-cage: ") for line in lines)
+
+    def test_ctrl_c_ends_it(self, folder):
+        """Exit code 130 and no traceback."""
+        arguments = ["explain", "--model", folder, "--prompt", PROMPT * 4]
+        arguments += ["--target", TARGET, "--units", "token"]
+        arguments += ["--method", "shapley-sampling", "--samples", "1000"]
+        process = subprocess.Popen(
+            [*PROGRAM, *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            # A shell that starts a job in the background has it ignore interrupts.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "explaining" in line:
+                process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+        assert lines[-1] == "captum-cage: interrupted\n"
+        assert not any("Traceback" in line for line in lines)
+
+    def test_a_reader_that_stops_early_is_no_error(self, saved):
+        """As in ``captum-cage show result.npz | head -1``."""
+        process = subprocess.Popen(
+            [*PROGRAM, "show", str(saved)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        process.wait(timeout=60)
+
+
+def in_python(folder, inp=None, make=None, target=TARGET, **options):
+    """The same explanation by the library."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    set_seed(0)
+    if inp is None:
+        end = tokenizer.unk_token_id
+        inp = TokenIdsInput(tokenizer(PROMPT).input_ids, tokenizer, baselines=end)
+    make = make or (lambda model: LLMAttribution(FeatureAblation(model), tokenizer))
+    cage = GraphContextAttribution(make(model))
+    return cage.attribute(inp, target=target, **options)
+
+
+class TestExplain:
+    """captum-cage explain."""
+
+    def test_the_numbers_are_those_of_the_library(self, folder, tmp_path):
+        """The file of --json holds what ``to_dict`` gives, and the view is printed."""
+        file = tmp_path / "result.json"
+        done = explain(folder, "--explain", "The answer is", "--json", file)
+        expected = in_python(folder, units="sentence", explain="The answer is")
+        assert done.exit_code == 0
+        assert json.loads(file.read_text()) == expected.to_dict()
+        assert 'Explained: "The answer is 7."' in done.stdout
+
+    @pytest.mark.parametrize(
+        ("name", "make"),
+        [
+            (
+                "shapley-sampling --samples 3",
+                lambda model, tok: LLMAttribution(ShapleyValueSampling(model), tok),
+            ),
+            (
+                "LayerIntegratedGradients --steps 3",
+                lambda model, tok: LLMGradientAttribution(
+                    LayerIntegratedGradients(model, model.model.embed_tokens), tok
+                ),
+            ),
+            (
+                "gradient-x-activation",
+                lambda model, tok: LLMGradientAttribution(
+                    LayerGradientXActivation(model, model.model.embed_tokens), tok
+                ),
+            ),
+        ],
+    )
+    def test_methods_have_two_names(self, name, make, folder, tokenizer):
+        """One of our own and Captum's; counts and seeds reach them."""
+        method, *count = name.split()
+        done = explain(folder, "--method", method, *count, "--json", "-")
+        kwargs = {count[0].replace("--", "n_"): int(count[1])} if count else {}
+        expected = in_python(
+            folder, make=lambda m: make(m, tokenizer), units="sentence", **kwargs
+        )
+        found = json.loads(done.stdout)
+        assert found["meta"] == expected.to_dict()["meta"]
+        assert found["seq_attr"] == pytest.approx(expected.seq_attr.tolist(), abs=1e-5)
+
+    def test_every_method_is_listed_in_the_error(self, folder):
+        """An unknown name is refused before the model is loaded."""
+        done = explain(folder, "--method", "guess")
+        assert done.exit_code == 2
+        assert done.stderr == (
+            "captum-cage: error: --method: must be one of ablation, shapley-sampling, "
+            "shapley, lime, kernel-shap, integrated-gradients, gradient-x-activation, "
+            "or the name of its Captum class, but 'guess' came. Pass one of these.\n"
+        )
+
+    def test_a_chat_goes_through_the_template(self, folder, tokenizer):
+        """Only the user's message is attributed."""
+        done = explain(folder, "--chat", "--system", "Be brief.", "--json", "-")
+        messages = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": PROMPT},
+        ]
+        inp = ChatTokenInput(messages, tokenizer, baselines=tokenizer.unk_token_id)
+        found = json.loads(done.stdout)
+        assert found == in_python(folder, inp, units="sentence").to_dict()
+        assert [u["text"] for u in found["units"] if not u["generated"]] == [
+            "Ana has 3 pens.",
+            "Mia has 4 more pens than Ana.",
+        ]
+
+    def test_the_model_generates_where_no_target_is_given(self, folder):
+        """At most as many tokens as allowed."""
+        arguments = ["--max-new-tokens", "3", "--units", "token", "--json", "-"]
+        found = json.loads(explain(folder, *arguments, target=None).stdout)
+        assert sum(unit["generated"] for unit in found["units"]) == 3
+
+    def test_special_tokens_at_the_end_are_not_explained(self, folder):
+        """Unless --explain says so."""
+        target = "The answer is 7.<eos>"
+        found = json.loads(explain(folder, "--json", "-", target=target).stdout)
+        assert [unit["text"] for unit in found["units"]][-1] == "<eos>"
+        assert found["explained"] == [0]
+        arguments = ["--explain", "-1", "--json", "-"]
+        assert json.loads(explain(folder, *arguments, target=target).stdout)[
+            "explained"
+        ] == [1]
+
+    @pytest.mark.parametrize(
+        ("span", "explained"),
+        [
+            ("answer", [1]),
+            ("0", [0]),
+            ("-1", [1]),
+            (":", [0, 1]),
+            ("1:", [1]),
+            ("/M.*7/", [0, 1]),
+            ("/", None),
+            ("zzz", None),
+            ("/(/", None),
+            ("5", None),
+        ],
+    )
+    def test_forms_of_what_to_explain(self, span, explained, saved):
+        """Text, number, range, pattern; what is not there is an error."""
+        done = run("show", saved, "--explain", span, "--json", "-")
+        if explained is None:
+            assert (done.exit_code, done.stdout) == (2, "")
+            assert re.match(r"captum-cage: error: (--)?explain: .*\n$", done.stderr)
+        else:
+            assert json.loads(done.stdout)["explained"] == explained
+
+    def test_texts_come_from_files_and_stdin(self, folder, tmp_path):
+        """A file by @, stdin by a dash; one newline at the end is dropped."""
+        (tmp_path / "target").write_bytes(b"The answer\r\nis 7.\r\n\n")
+        arguments = ["--json", "-"]
+        target = f"@{tmp_path / 'target'}"
+        done = explain(
+            folder, *arguments, prompt="-", target=target, input="Ana – 3.\n"
+        )
+        found = json.loads(done.stdout)
+        assert found["source_text"] == "Ana – 3."
+        assert found["generated_text"] == "The answer\nis 7.\n"
+
+    def test_a_doubled_at_is_a_plain_one(self, folder):
+        """For texts that begin with it."""
+        found = json.loads(explain(folder, "--json", "-", prompt="@@Ana ok").stdout)
+        assert found["source_text"] == "@Ana ok"
+
+    def test_a_prompt_of_one_unit_is_pointed_out(self, folder):
+        """It gets everything, whatever the model does."""
+        done = explain(folder, prompt="Ana has 3 pens.")
+        assert "note: the prompt is one unit" in done.stderr
+        assert "one unit" not in explain(folder).stderr
+
+    def test_quiet_says_nothing(self, folder, tmp_path):
+        """But it writes the files."""
+        file = tmp_path / "result.json"
+        done = explain(folder, "--quiet", "--json", file)
+        assert (done.exit_code, done.stdout, done.stderr) == (0, "", "")
+        assert json.loads(file.read_text())["generated_text"] == TARGET
+
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+    def test_the_type_of_numbers_can_be_chosen(self, dtype, folder, monkeypatch):
+        """It is the type of the model's parameters."""
+        seen = []
+        known = cli.LLMAttribution
+        monkeypatch.setattr(
+            cli,
+            "LLMAttribution",
+            lambda method, tokenizer: (
+                seen.append(method.forward_func.dtype),
+                known(method, tokenizer),
+            )[1],
+        )
+        assert explain(folder, "--dtype", dtype).exit_code == 0
+        assert seen == [getattr(torch, dtype)]
+
+
+def errors(name):
+    """Cases: arguments that replace or extend sound ones, and what is told."""
+    cases = {
+        "no such file": (
+            {"prompt": "@nowhere"},
+            "--prompt: must name a file that can be read, but '@nowhere' came (No such "
+            "file or directory). For a text that begins with @, write @@.",
+        ),
+        "empty prompt": ({"prompt": ""}, "--prompt: must have some text"),
+        "empty target": ({"target": ""}, "target: must have a token"),
+        "not utf-8": (
+            {"prompt": "-", "input": b"a\xff"},
+            "--prompt: must be a text in UTF-8, but '-' is not (invalid start byte at "
+            "byte 1). Convert it first.",
+        ),
+        "stdin twice": (
+            {"prompt": "-", "target": "-"},
+            "--prompt: stdin can be read once. Put the other text in a file.",
+        ),
+        "span not found": ({"more": ["--explain", "zzz"]}, "explain: the text 'zzz'"),
+        "no chat": ({"more": ["--system", "x"]}, "--system: is a message of a chat"),
+        "samples": (
+            {"more": ["--samples", "3"]},
+            "--samples: FeatureAblation does not take it. It is for shapley-sampling, "
+            "lime, kernel-shap. Leave it out, or choose another --method.",
+        ),
+        "steps": (
+            {"more": ["--steps", "3", "--method", "lime"]},
+            "--steps: Lime does not take it. It is for integrated-gradients.",
+        ),
+        "too many units": (
+            {"more": ["--method", "shapley", "--units", "token"]},
+            "ShapleyValues: takes at most 7 units",
+        ),
+        "no folder": (
+            {"more": ["--json", "nowhere/result.json"]},
+            "--json: must name a file that can be written, but 'nowhere/result.json' "
+            "came and its folder does not exist. Name another file.",
+        ),
+        "a folder": (
+            {"more": ["--save", "."]},
+            "--save: must name a file that can be written, but '.' came and it is a "
+            "folder. Name another file.",
+        ),
+    }
+    return cases if name is None else cases[name]
+
+
+class TestErrors:
+    """What the user got wrong is one line on stderr and exit code 2."""
+
+    @pytest.mark.parametrize("name", errors(None))
+    def test_one_line_says_what_is_wrong(self, name, folder):
+        """Nothing on stdout, the error last."""
+        options, told = errors(name)
+        more = options.pop("more", [])
+        done = explain(folder, *more, **options)
+        assert (done.exit_code, done.stdout) == (2, "")
+        last = done.stderr.splitlines()[-1]
+        assert last.startswith(f"captum-cage: error: {told}")
+
+    @pytest.mark.parametrize(
+        ("name", "told"),
+        [
+            ("nobody/nothing", "couldn't connect to|offline mode"),
+            ("/nowhere", "there is no folder '/nowhere'. Check the path."),
+        ],
+    )
+    def test_a_model_that_cannot_be_loaded(self, name, told):
+        """The name and the cause."""
+        done = explain(name)
+        assert (done.exit_code, done.stdout) == (2, "")
+        line = done.stderr.splitlines()[-1]
+        assert line.startswith("captum-cage: error: --model: ")
+        assert name in line
+        assert re.search(told, line)
+
+    def test_a_folder_without_a_model(self, tmp_path):
+        """The cause, as transformers tells it."""
+        done = explain(tmp_path)
+        assert done.exit_code == 2
+        assert re.search(r"error: --model: '.*' could not be loaded\. .+", done.stderr)
+
+    def test_code_of_a_model_runs_only_when_allowed(self, folder, tmp_path):
+        """A model that brings code is refused, and the flag is named."""
+        for path in Path(folder).iterdir():
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+        settings = json.loads((tmp_path / "config.json").read_text())
+        settings["model_type"] = "odd"
+        settings["auto_map"] = {
+            "AutoConfig": "odd.OddConfig",
+            "AutoModelForCausalLM": "odd.OddModel",
+        }
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+        (tmp_path / "odd.py").write_text(
+            f"open({str(tmp_path / 'ran')!r}, 'w').close()\n"
+            "from transformers import LlamaConfig, LlamaForCausalLM\n"
+            "class OddConfig(LlamaConfig):\n    model_type = 'odd'\n"
+            "class OddModel(LlamaForCausalLM):\n    config_class = OddConfig\n"
+        )
+        done = explain(tmp_path)
+        assert done.exit_code == 2
+        assert "If you trust it, pass --trust-remote-code." in done.stderr
+        assert not (tmp_path / "ran").exists()
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+    def test_a_device_that_is_not_there(self, folder):
+        """The remedy is named."""
+        done = explain(folder, "--device", "cuda")
+        assert "--device: must be there, but torch finds no CUDA device" in done.stderr
+        assert done.exit_code == 2
+
+    def test_errors_cannot_steer_the_terminal(self, folder):
+        """What came is quoted without control characters, on one line."""
+        done = explain(folder, "--explain", "\x1b[2J\nx")
+        assert "\x1b" not in done.stderr
+        assert done.stderr.count("captum-cage: error") == 1
+        assert done.stderr.splitlines()[-1].startswith("captum-cage: error")
+
+
+class TestShow:
+    """captum-cage show."""
+
+    def test_a_saved_result_is_shown_without_the_model(self, saved):
+        """The same numbers as were saved, on stdout alone."""
+        done = run("show", saved)
+        expected = GraphAttributionResult.load(saved)
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert 'Explained: "The answer is 7."' in done.stdout
+        for share in expected.seq_attr.tolist():
+            assert f" {share:.1%}" in done.stdout
+
+    def test_another_span_is_explained(self, saved, tmp_path):
+        """And can be saved in turn."""
+        again = tmp_path / "again.npz"
+        done = run("show", saved, "--explain", "3 + 4", "--save", again)
+        assert 'Explained: "Mia has 3 + 4 = 7 pens."' in done.stdout
+        assert GraphAttributionResult.load(again).explained == (0,)
+
+    def test_what_is_no_result_is_refused(self, tmp_path):
+        """A file of another kind, and no file."""
+        (tmp_path / "text").write_text("no result")
+        wrong, missing = (run("show", tmp_path / name) for name in ("text", "none"))
+        assert (wrong.exit_code, missing.exit_code) == (2, 2)
+        assert "must be a result saved by GraphAttributionResult.save" in wrong.stderr
+        assert missing.stderr.endswith("none': No such file or directory\n")
+
+    def test_its_size_can_be_chosen(self, saved):
+        """Width, sources and paths."""
+        done = run("show", saved, "--width", 50, "--top", 1, "--paths", 1)
+        assert max(map(len, done.stdout.splitlines())) <= 50
+        assert "1 more" in done.stdout
+        assert done.stdout.count('%  "') == 1
+
+
+class TestColour:
+    """Escape codes go to terminals only."""
+
+    @pytest.mark.parametrize(
+        ("settings", "coloured"),
+        [
+            ({}, False),
+            ({"FORCE_COLOR": "1", "TERM": "xterm-256color"}, True),
+            ({"FORCE_COLOR": "1", "TERM": "xterm-256color", "NO_COLOR": "1"}, False),
+        ],
+    )
+    def test_they_can_be_forced_and_forbidden(self, settings, coloured, saved):
+        """Piped and with NO_COLOR there are none; the text is the same."""
+        plain = run("show", saved).stdout
+        done = run("show", saved, env=settings)
+        assert ("\x1b[" in done.stdout) == coloured
+        assert re.sub(r"\x1b\[[0-9;]*m", "", done.stdout) == plain
+
+    def test_a_stream_of_another_encoding_gets_escapes(self, saved):
+        """What it cannot write is no reason to fail."""
+        done = CliRunner(charset="ascii").invoke(cli.app, ["show", str(saved)])
+        assert done.exit_code == 0
+        assert "| direct: one step back" in done.stdout
+
+
+class TestDemo:
+    """captum-cage demo."""
+
+    def test_a_wrong_answer_is_told(self, model, tokenizer, monkeypatch):
+        """The last sentence is explained all the same."""
+        monkeypatch.setattr(cli, "load_demo", lambda: (model, tokenizer))
+        monkeypatch.setattr(cli, "_gen_args", lambda _: {"max_new_tokens": 5})
+        done = run("demo", "--kind", "one_question")
+        problem = sample_problems(1, 0, "one_question")[0]
+        assert done.exit_code == 0
+        right = "note: the model got this one wrong. Right is: " + problem.completion
+        assert one_line(right) in done.stderr
+        assert "true fact" in done.stdout
+
+    def test_it_explains_the_last_answer(self):
+        """Its true facts come first, marginalised."""
+        if not (DEMO_FILES / "model.safetensors").exists():
+            pytest.skip("the demo model is not there yet")
+        done = run("demo")
+        problem = sample_problems(1, 0, "two_questions")[0]
+        answer = problem.answers[-1]
+        assert done.exit_code == 0
+        assert f'Explained: "{answer.text}"' in done.stdout
+        table = done.stdout.split("Sources")[1].split("Heaviest")[0].splitlines()[1:]
+        marked = ["*" in line for line in table]
+        assert marked[: len(answer.facts)] == [True] * len(answer.facts)
+        assert done.stdout.count('%  "') == 2
