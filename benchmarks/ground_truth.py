@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import platform
 import time
+from collections.abc import Callable
 
 import captum
 import numpy as np
@@ -29,7 +30,7 @@ from captum_cage.demo import Answer, Problem, load_demo, sample_problems
 
 FloatArray = npt.NDArray[np.float64]
 
-EXPLANATIONS = {
+EXPLANATIONS: dict[str, Callable[[GraphAttributionResult], FloatArray]] = {
     "`result` (all paths)": lambda result: result.seq_attr.numpy(),
     "one hop": lambda result: result.graph.hops(result.weights, 1).attr,
     "`sequence` (all rows)": lambda result: result.sequence.seq_attr.numpy(),
@@ -53,8 +54,8 @@ def fact_scores(
 def auroc(scores: FloatArray, problem: Problem, answer: Answer) -> float:
     """Chance that a true fact scores above another one; ties count half."""
     true = np.array([fact in answer.facts for fact in problem.facts])
-    statistic: float = mannwhitneyu(scores[true], scores[~true]).statistic
-    return statistic / (true.sum() * (~true).sum())
+    statistic = mannwhitneyu(scores[true], scores[~true]).statistic
+    return float(statistic / (true.sum() * (~true).sum()))
 
 
 def measure(problems: int, seed: int, units: str) -> dict[str, list[float]]:

@@ -223,7 +223,7 @@ class TerminalView:
     # --- the sources ---------------------------------------------------------------
 
     def _sources(self, width: int, marks: str) -> RenderableType:
-        opened, closed, block = marks
+        opened, closed, block = (*marks,)
         layout = self._source_text
         direct, marginal = (layout.summed(view.shares[0]) for view in self._views)
         order = np.lexsort((-np.abs(direct), -np.abs(marginal)))

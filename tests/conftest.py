@@ -1,14 +1,19 @@
-"""What all tests share: one thread, and a model and a tokenizer for those that do not
-care which."""
+"""What all tests share: one thread, a model, a tokenizer, and Hypothesis' profile."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tiny import tiny_model, tiny_tokenizer
+from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from tiny import tiny_model, tiny_tokenizer
+
 torch.set_num_threads(1)
+
+# A slow machine is no failure.
+settings.register_profile("captum_cage", deadline=None, print_blob=True)
+settings.load_profile("captum_cage")
 
 PROMPT = "Ana has 3 pens. Mia has 4 more pens than Ana."
 TARGET = " Mia has 3 + 4 = 7 pens. The answer is 7."

@@ -140,6 +140,7 @@ def test_positive_is_the_default():
     graph = AttributionGraph.from_rows([[1, -1, 0]], 2)
     assert graph.normalization == "positive"
     assert graph.matrix.toarray()[2].tolist() == [1.0, 0.0, 0.0]
+    assert AttributionGraph(graph.rows, graph.sources).normalization == "positive"
 
 
 @settings(deadline=None)
@@ -559,6 +560,8 @@ def test_the_callers_arrays_stay_the_callers(make):
     (given_rows.data if sp.issparse(given_rows) else given_rows)[...] = 7.0
     sources[:] = False
     weights[:] = 0.0
+    kept = graph.rows.toarray() if sp.issparse(graph.rows) else graph.rows
+    assert kept.tolist() == [[3.0, -1.0, 0.0]]
     assert graph.explain([1]).tolist() == [0.75, -0.25]
     assert graph.sources.tolist() == [True, True, False]
 

@@ -238,6 +238,13 @@ class TestNamedUnits:
         assert units.groups.tolist() == [0, 1, 1, 2]
         assert texts(units) == ["<s>", "\n ", "<e>"]
 
+    def test_special_tokens_need_no_visible_text(self):
+        """Nor any text at all: they are units all the same."""
+        tokens = spelled("a", "", " b", "\n", " ", "c")
+        units = group_tokens(tokens, "word", generated=True, special=mask(6, 1, 3))
+        assert units.groups.tolist() == [0, 1, 2, 3, 4, 4]
+        assert texts(units) == ["a", "", "b", "\n", "c"]
+
     def test_a_fixed_token_inside_a_sentence_does_not_cut_it(self):
         """Captum's ``skip_tokens`` leave one sentence on both sides."""
         tokens = spelled("She", " then", " came", ".", " So", ".")
@@ -331,6 +338,8 @@ class TestOwnUnits:
         units = group_tokens(tokens, [(0, 1)], generated=True, special=mask(4, 3))
         assert texts(units) == ["a", "b c", "<e>"]
         assert [unit.special for unit in units.units] == [False, False, True]
+        units = group_tokens(tokens, lambda _: [], generated=True, special=mask(4, 1))
+        assert texts(units) == ["a", "b", "c<e>"]
 
     def test_breaks_end_what_no_range_covers(self):
         """Text of two messages is never one unit unless a range says so."""
@@ -338,6 +347,9 @@ class TestOwnUnits:
         units = group_tokens(tokens, [(0, 1)], generated=False, breaks=(3, 5))
         assert texts(units) == ["a", "b", "c", "d"]
         assert units.groups.tolist() == [0, 1, 2, 3, 3]
+        # The space of " b" stands before the break, and "b" after it.
+        units = group_tokens(tokens, lambda _: [], generated=False, breaks=(2, 4))
+        assert texts(units) == ["a", "b", "c\n d"]
 
     @pytest.mark.parametrize(
         ("spans", "error", "match"),
