@@ -1,5 +1,6 @@
 """Explain generated text through the text generated before it, on top of Captum."""
 
+from captum_cage._version import __version__
 from captum_cage.attribution import GraphContextAttribution
 from captum_cage.graph import AttributionGraph
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
@@ -14,4 +15,5 @@ __all__ = [
     "TextPath",
     "TokenIdsInput",
     "Unit",
+    "__version__",
 ]

@@ -46,7 +46,8 @@ _SHADES = (
 _FIXED = "dim"  # text that is present but not attributed
 _EXPLAINED = ("bold underline", ">>", "<<")
 
-_MARKS, _ASCII = "«»█", "<>#"  # around a unit in its context, and in bars
+# Around a unit in its context, and in bars.
+_MARKS, _ASCII = ("«", "»", "█"), ("<", ">", "#")
 
 _LABELLED = 0.005  # shares that round to 0% get no label
 _LISTED = 0.0005  # sources that would read 0.0% are not listed
@@ -222,8 +223,8 @@ class TerminalView:
 
     # --- the sources ---------------------------------------------------------------
 
-    def _sources(self, width: int, marks: str) -> RenderableType:
-        opened, closed, block = (*marks,)
+    def _sources(self, width: int, marks: tuple[str, str, str]) -> RenderableType:
+        opened, closed, block = marks
         layout = self._source_text
         direct, marginal = (layout.summed(view.shares[0]) for view in self._views)
         order = np.lexsort((-np.abs(direct), -np.abs(marginal)))

@@ -403,6 +403,7 @@ class TestSentences:
             [WRAPPED, "Then a line in upper case"],
             [WRAPPED, "- then an item"],
             [WRAPPED, "    then = code"],
+            [WRAPPED, "a) then an item"],
             [WRAPPED + "!", "then more"],
         ],
         ids=lambda lines: lines[0],
