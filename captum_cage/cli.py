@@ -320,6 +320,7 @@ class _Output:
         result: GraphAttributionResult,
         seconds: float | None = None,
         truth: Collection[Span] = (),
+        ends: Collection[Span] = (),
     ) -> None:
         """Write the files, then print the result."""
         if self.save_file is not None:
@@ -331,7 +332,7 @@ class _Output:
                 return
             Path(self.json_file).write_text(text, encoding="utf-8")
         if not self.quiet:
-            view = TerminalView(result, self.top, self.paths, seconds, truth)
+            view = TerminalView(result, self.top, self.paths, seconds, truth, ends)
             _console(self.width).print(view)
 
 
@@ -391,7 +392,9 @@ def demo(
             + problem.completion.strip()
         )
         result = result.explaining(_last_visible(result))
-    output.write(result, time.perf_counter() - start, truth=answer.facts)
+    output.write(
+        result, time.perf_counter() - start, truth=answer.facts, ends=problem.facts
+    )
 
 
 def _gen_args(max_new_tokens: int | None) -> dict[str, Any]:

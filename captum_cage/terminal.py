@@ -21,7 +21,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from captum_cage.result import GraphAttributionResult
+from captum_cage.result import GraphAttributionResult, TextPath
 from captum_cage.text import Span
 from captum_cage.units import Unit
 
@@ -104,6 +104,8 @@ class TerminalView:
         seconds (float or None): how long it took, if that is to be shown.
         truth (Collection[Span]): character ranges of the prompt that are known to
             matter; sources that overlap with one are marked. Default: none
+        ends (Collection[Span]): character ranges of the sources in which the paths
+            shall end. Default: any source
     """
 
     result: GraphAttributionResult
@@ -111,6 +113,7 @@ class TerminalView:
     paths: int = 3
     seconds: float | None = None
     truth: Collection[Span] = ()
+    ends: Collection[Span] = ()
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -273,8 +276,21 @@ class TerminalView:
 
     # --- the paths -----------------------------------------------------------------
 
+    def _found_paths(self) -> list[TextPath]:
+        if not self.ends:
+            return self.result.paths(self.paths)
+        sources = [unit for unit in self.result.units if not unit.generated]
+        found = [
+            path
+            for source, unit in enumerate(sources)
+            if unit.span in self.ends
+            for path in self.result.paths(self.paths, source)
+        ]
+        found.sort(key=lambda path: -abs(path.weight))
+        return found[: self.paths]
+
     def _paths(self, width: int) -> RenderableType:
-        found = self.result.paths(self.paths)
+        found = self._found_paths()
         chains = [[_quoted(text, 100) for text in path.texts] for path in found]
         for chain in chains:
             dropped = len(chain) - _LONGEST_PATH + 1
