@@ -520,12 +520,12 @@ def _marked_span(
     begins, ends = rendered.count(first), rendered.count(last)
     if rendered.replace(first, "").replace(last, "") == text and ends == 1:
         stop = rendered.find(last) - begins
-        if begins == 1:
+        if begins:
             shown_text = text[rendered.find(first) : stop]
             # Some templates write what a tool returned as JSON.
             if shown_text in (core, json.dumps(core, ensure_ascii=False)[1:-1]):
                 return [(rendered.find(first), stop)]
-        if begins == 0:
+        else:
             # The template shows the end of the content only, as some do that drop the
             # reasoning of earlier turns.
             pairs = zip(reversed(core), reversed(text[:stop]), strict=False)

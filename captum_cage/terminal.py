@@ -55,7 +55,7 @@ _WHOLE_TEXT = 1_600  # characters; longer texts are shown in parts
 _AROUND = 60  # characters that are kept around what matters
 _SHORT_UNIT = 12  # characters; the table shows such units with the words around them
 _LONGEST_PATH = 8  # units; longer paths are shown without their middle
-_BAR = 16  # cells
+_LONGEST_BAR = 16  # cells
 
 # White space as it stands, and the joiners that scripts and emoji are written with.
 _LAYOUT = "\n\t"
@@ -104,8 +104,8 @@ class TerminalView:
         seconds (float or None): how long it took, if that is to be shown.
         truth (Collection[Span]): character ranges of the prompt that are known to
             matter; sources that overlap with one are marked. Default: none
-        ends (Collection[Span]): character ranges of the sources in which the paths
-            shall end. Default: any source
+        ends (Collection[Span]): character ranges of the prompt; only paths to sources
+            that overlap with one are shown. Default: none, paths to any source
     """
 
     result: GraphAttributionResult
@@ -234,10 +234,10 @@ class TerminalView:
         told = (np.abs(marginal) + np.abs(direct) >= _LISTED)[order]
         listed, rest = order[told][: self.top], order[told][self.top :]
         rest = np.concatenate([rest, order[~told]])
-        bars = width >= WITH_BARS
+        bar = 0 if width < WITH_BARS else min(width // 8, _LONGEST_BAR)
         numbers = [len("direct"), len("marginalised")]
         columns = [*([len("true fact")] if self.truth else []), *numbers]
-        columns += [_BAR] if bars else []
+        columns += [bar] if bar else []
         left = width - sum(columns) - 2 * len(columns)
         texts = [layout.in_context(i, left, opened, closed) for i in listed]
         longest = max((text.cell_len for text in texts), default=0)
@@ -252,8 +252,8 @@ class TerminalView:
             table.add_column("true fact", justify="center", no_wrap=True)
         for title, cells in zip(("direct", "marginalised"), numbers, strict=True):
             table.add_column(title, justify="right", no_wrap=True, min_width=cells)
-        if bars:
-            table.add_column("", width=_BAR)
+        if bar:
+            table.add_column("", width=bar)
         largest = np.abs(marginal).max(initial=0.0)
         for i, text in zip(listed, texts, strict=True):
             row: list[RenderableType] = [text]
@@ -261,8 +261,8 @@ class TerminalView:
                 row.append("*" if layout.overlaps(i, self.truth) else "")
             row.append(_percent(direct[i], self._signed, digits=1))
             row.append(Text(_percent(marginal[i], self._signed, digits=1), "bold"))
-            if bars:
-                length = round(_BAR * abs(marginal[i]) / largest) if largest else 0
+            if bar:
+                length = round(bar * abs(marginal[i]) / largest) if largest else 0
                 row.append(Text(block * length, _bar_style(marginal[i])))
             table.add_row(*row)
         if len(rest):
@@ -279,15 +279,15 @@ class TerminalView:
     def _found_paths(self) -> list[TextPath]:
         if not self.ends:
             return self.result.paths(self.paths)
-        sources = [unit for unit in self.result.units if not unit.generated]
+        layout = self._source_text
         found = [
             path
-            for source, unit in enumerate(sources)
-            if unit.span in self.ends
+            for number, stretch in enumerate(layout.stretches)
+            if layout.overlaps(number, self.ends)
+            for source in stretch.units
             for path in self.result.paths(self.paths, source)
         ]
-        found.sort(key=lambda path: -abs(path.weight))
-        return found[: self.paths]
+        return sorted(found, key=lambda path: -abs(path.weight))[: self.paths]
 
     def _paths(self, width: int) -> RenderableType:
         found = self._found_paths()
@@ -504,6 +504,8 @@ class _Layout:
             following = self.stretches[number + 1 : number + 2]
             if stretch.explained and not (following and following[0].explained):
                 out.append(closed, "bold")
+                if self.text[trail : trail + 1].strip():
+                    out.append(" ")  # or << and <|end|> would run together
             last_explained = stretch.explained
             self._append(out, trail, stop, shown, "")
             end = stop

@@ -290,7 +290,6 @@ def _split_prose(text: str, start: int, stop: int, language: str) -> Iterator[Sp
     body = bullet.end() if bullet else start
     # Same length, so that ranges stay: sentencex takes no lone surrogates.
     block = _SURROGATE.sub(_REPLACEMENT, text[body:stop])
-    block = block.replace("\n", " ").replace("\r", " ")
     first = start
     for found in sentencex.get_sentence_boundaries(language, block):
         end = int(found["end_index"])

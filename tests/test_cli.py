@@ -23,7 +23,6 @@ from captum_cage import cli
 from captum_cage._version import __version__
 from captum_cage.attribution import GraphContextAttribution
 from captum_cage.demo import sample_problems
-from captum_cage.demo.model import DEMO_FILES
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
 from captum_cage.result import GraphAttributionResult
 
@@ -579,16 +578,22 @@ class TestDemo:
         assert one_line(right) in done.stderr
         assert "true fact" in done.stdout
 
-    def test_it_explains_the_last_answer(self):
-        """Its true facts come first, marginalised."""
-        if not (DEMO_FILES / "model.safetensors").exists():
-            pytest.skip("the demo model is not there yet")
-        done = run("demo")
-        problem = sample_problems(1, 0, "two_questions")[0]
+    @pytest.mark.parametrize("kind", ["one_question", "two_questions"])
+    def test_its_true_facts_stand_above_all_others(self, kind):
+        """In the order of the marginalised shares; the answer is the last one."""
+        done = run("demo", "--kind", kind)
+        problem = sample_problems(1, 0, kind)[0]
         answer = problem.answers[-1]
-        assert done.exit_code == 0
+        assert (done.exit_code, done.stderr) == (0, "")
         assert f'Explained: "{answer.text}"' in done.stdout
-        table = done.stdout.split("Sources")[1].split("Heaviest")[0].splitlines()[1:]
-        marked = ["*" in line for line in table]
-        assert marked[: len(answer.facts)] == [True] * len(answer.facts)
-        assert done.stdout.count('%  "') == 2
+        table = done.stdout.split("Sources")[1].split("Heaviest")[0]
+        facts = re.findall(r"^[A-Z]\w+ has .+?\. +([* ]) +\d", table, re.MULTILINE)
+        true = len(answer.facts)
+        assert facts == ["*"] * true + [" "] * (len(facts) - true)
+
+    def test_it_shows_the_two_heaviest_paths_to_facts(self):
+        """From the answer through a step, in words."""
+        paths = run("demo").stdout.split("Heaviest paths")[1]
+        ends = re.findall(r'<- "(\w+ has [^"]+)"\s*$', paths, re.MULTILINE)
+        assert paths.count('%  "The second answer is') == 2
+        assert len(ends) >= 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 import re
 
 import numpy as np
@@ -551,7 +552,8 @@ class TestChatTokenInput:
         assert inp.inp_tensor[0].tolist() == tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, return_dict=False
         )
-        assert messages == before
+        assert inp.messages == messages == before
+        assert not any(map(operator.is_, inp.messages, messages))
 
     @pytest.mark.parametrize("name", EVERYONE)
     def test_content_is_found_where_templates_rewrite_the_chat(self, name):
@@ -722,6 +724,14 @@ class TestChatTokenInput:
             ChatTokenInput(
                 [said("system", "x"), said("user", "so it is")], with_template(template)
             )
+
+    def test_a_template_that_counts_characters_is_refused(self):
+        """The place that was found by marking the content is then another one."""
+        tokenizer = with_template(
+            "{{ messages[0].content | count }}{{ messages[0].content }}11"
+        )
+        with pytest.raises(ValueError, match=r"messages\[0\]: the chat template must"):
+            ChatTokenInput([said("user", "1" * 9)], tokenizer)
 
     @pytest.mark.parametrize(
         ("messages", "kwargs", "error", "match"),

@@ -124,6 +124,14 @@ class TestTexts:
         for text in views(shown(solved.explaining(None))):
             assert ">>Mia has 3 + 4 = 7 pens.[38%] The answer is 7.<<" in text
 
+    def test_marks_keep_away_from_special_tokens(self):
+        """Those have angle brackets, too."""
+        spans = iter([[(0, 3)], [(0, 4), (4, 11)]])
+        result = made(
+            [[1, 0, 0], [1, 0, 0]], "Ana", "Yes.<|end|>", 0, lambda _: next(spans)
+        )
+        assert ">>Yes.<< <|end|>" in shown(result)
+
     def test_layout_is_kept(self):
         """Newlines and indentation stay where they are."""
         code = "def f(x):\n    if x:\n        return x"
@@ -265,6 +273,14 @@ class TestPaths:
             '"Ana has 3 pens."'
         ) in shown(solved, paths=1)
 
+    def test_their_ends_can_be_chosen(self, solved):
+        """Only paths to sources within some ranges of the prompt."""
+        text = shown(solved, ends=[(16, 31), (32, 61)], paths=2).split("Heaviest")[1]
+        assert re.findall(r'<- "([^"]+)"\s*$', text, re.MULTILINE) == [
+            "Mia has 4 more pens than Ana.",
+            "Leo has 5 cups.",
+        ]
+
     def test_a_narrow_terminal_has_a_line_for_each_unit(self, solved):
         """The units stand below one another."""
         lines = [line.strip() for line in shown(solved, 50, paths=1).splitlines()]
@@ -392,4 +408,4 @@ class TestWidthAndColour:
         """Frames and bars have other characters there."""
         text = shown(solved, encoding="ascii")
         assert "| direct: one step back" in text
-        assert re.search(r"68\.8% +#{16}", text)
+        assert re.search(r"68\.8% +#+", text)
