@@ -154,7 +154,7 @@ def _overlapping(span: Span, units: Sequence[Unit], text: str) -> tuple[int, ...
     for position, unit in enumerate(units):
         if unit.span is not None:
             start, stop = max(unit.span[0], span[0]), min(unit.span[1], span[1])
-            if start < stop and text[start:stop].strip():
+            if text[start:stop].strip():
                 chosen.append(position)
     if not chosen:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -104,6 +104,7 @@ class TestReadTokens:
         assert found.text == b"".join(tokens).decode()
         assert [set(range(*span)) for span in found.offsets] == expected
 
+    @example([b"\xf0", b"\x9f", b"\x98", b"a"])
     @given(
         cut_bytes(
             st.binary(max_size=12)
@@ -435,10 +436,11 @@ class TestSentences:
             *[f"{WRAPPED}{newline}in two.", "Then comes", "More."]
         ]
 
-    def test_an_empty_line_ends_wrapped_prose(self):
+    @pytest.mark.parametrize("between", ["\n\n", "\n \t\n", "\r\n\r\n", "\n\n\n"])
+    def test_an_empty_line_ends_wrapped_prose(self, between):
         """A paragraph ends there."""
-        text = f"{WRAPPED}\n\nin lower case"
-        assert len(sentence_spans(text)) == 2
+        text = f"{WRAPPED}{between}in lower case"
+        assert pieces(text, sentence_spans(text)) == [WRAPPED, "in lower case"]
 
     def test_fences_on_one_line_open_no_block(self):
         """Prose goes on after code within a line."""

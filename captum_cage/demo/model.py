@@ -39,12 +39,12 @@ def load_demo() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
         >>> from captum_cage.demo import load_demo
         >>> model, tokenizer = load_demo()
         >>> prompt = "Ana has 3 pens. Mia has 4 more pens than Ana. Leo has 5 cups. "
-        >>> prompt += "Leo has 2 more pens than Mia. Tom has 8 hats. Eva has 6 hats. "
+        >>> prompt += "Zoe has 2 more pens than Mia. Tom has 8 hats. Eva has 6 hats. "
         >>> prompt += "How many pens does Mia have?"
         >>> ids = tokenizer(prompt, return_tensors="pt").input_ids
         >>> written = model.generate(ids)[0, ids.shape[1]:]
         >>> print(tokenizer.decode(written, skip_special_tokens=True).strip())
-        Mia has 3 + 4 = 7 pens. The answer is 7.
+        Mia has Ana's 3 + 4 = 7 pens. The answer is 7.
     """
     settings: dict[str, Any] = json.loads(_read("config.json"))
     generation: dict[str, Any] = json.loads(_read("generation_config.json"))
