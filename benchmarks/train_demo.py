@@ -3,7 +3,7 @@
 Writes the tokenizer and the model, and evaluates them on held-out problems::
 
     python benchmarks/train_demo.py                  # the model that ships
-    python benchmarks/train_demo.py --smoke --out /tmp/demo   # seconds, for CI
+    python benchmarks/train_demo.py --smoke          # seconds, for CI
 
 A run that was interrupted goes on from its last checkpoint.
 """
