@@ -302,6 +302,14 @@ class TestExplain:
         found = json.loads(explain(folder, *arguments, target=None).stdout)
         assert sum(unit["generated"] for unit in found["units"]) == 3
 
+    def test_special_tokens_of_the_prompt_are_not_attributed(self, folder):
+        """They are read, and no sources."""
+        prompt = "<|user|>Ana has 3 pens. Leo has 5 cups.<|end|>"
+        found = json.loads(explain(folder, "--json", "-", prompt=prompt).stdout)
+        sources = [u["text"] for u in found["units"] if not u["generated"]]
+        assert sources == ["Ana has 3 pens.", "Leo has 5 cups."]
+        assert found["source_text"] == prompt
+
     def test_special_tokens_at_the_end_are_not_explained(self, folder):
         """Unless --explain says so."""
         target = "The answer is 7.<eos>"
@@ -557,11 +565,13 @@ class TestColour:
         assert ("\x1b[" in done.stdout) == coloured
         assert re.sub(r"\x1b\[[0-9;]*m", "", done.stdout) == plain
 
-    def test_a_stream_of_another_encoding_gets_escapes(self, saved):
+    def test_a_stream_of_another_encoding_gets_escapes(self, folder):
         """What it cannot write is no reason to fail."""
-        done = CliRunner(charset="ascii").invoke(cli.app, ["show", str(saved)])
+        arguments = ["explain", "--model", folder, "--target", TARGET, "--prompt"]
+        done = CliRunner(charset="ascii").invoke(cli.app, [*arguments, "Zoë. Ana."])
         assert done.exit_code == 0
         assert "| direct: one step back" in done.stdout
+        assert "Zo\\xeb." in done.stdout
 
 
 class TestDemo:

@@ -33,6 +33,7 @@ from captum_cage.inputs import (
     Prompt,
     TokenIdsInput,
     baseline_id,
+    extended_model_input,
     token_ids,
 )
 from captum_cage.text import decode, special_ids
@@ -1118,6 +1119,20 @@ class TestPrefixedInputs:
         assert found["pixel_values"].tolist() == [[[0.0, 0.0, 0.0, 1.0, 1.0, 1.0]]]
         assert found["input_ids"].tolist() == [[5, 6, 4]]
         assert found["attention_mask"].tolist() == [[1, 1, 1]]
+
+    def test_numbers_per_token_grow_where_their_meaning_is_known(self):
+        """Attention and token types do; what else has one per token is refused."""
+        ids, ones = torch.tensor([[5, 6]]), torch.ones(1, 2)
+        known = {"input_ids": ids, "attention_mask": ones, "token_type_ids": ones}
+        other = {"note": "a", "sizes": torch.ones(1, 3), "grid": torch.ones(2)}
+        found = extended_model_input({**known, **other}, torch.tensor([[7, 8]]))
+        assert found["input_ids"].tolist() == [[5, 6, 7, 8]]
+        assert found["attention_mask"].tolist() == [[1, 1, 1, 1]]
+        assert found["token_type_ids"].tolist() == [[1, 1, 0, 0]]
+        assert all(found[name] is value for name, value in other.items())
+        assert ids.tolist() == [[5, 6]]
+        with pytest.raises(ValueError, match=r"'position_ids': must not .* has 2, as"):
+            extended_model_input({**known, "position_ids": ones}, torch.tensor([[7]]))
 
     def test_a_template_without_its_segments_may_be_empty(self, tokenizer):
         """What was generated still stands; with nothing at all there is an error."""

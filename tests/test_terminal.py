@@ -178,10 +178,10 @@ class TestTexts:
 
     def test_signed_shares_have_a_sign(self):
         """Negative shares read as such, in another colour."""
-        rows = [[3, 0, -1, 0, 0], [0, 0, 0, 1, 0]]
+        rows = [[1, 0, -1, 0, 0], [0, 0, 0, 1, 0]]
         result = made(rows, explain=1, normalization="signed")
-        assert "Ana has 3 pens.[+75%]" in shown(result)
-        assert "than Ana.[-25%]" in " ".join(shown(result, 160).split())
+        assert "Ana has 3 pens.[+50%]" in shown(result)
+        assert "than Ana.[-50%]" in " ".join(shown(result, 160).split())
         positive, negative = (styles(result, x)[1] for x in ("Ana has 3", "Mia has 4"))
         assert positive.bgcolor != negative.bgcolor
 
@@ -395,6 +395,10 @@ class TestWidthAndColour:
         assert max(map(cell_len, lines)) <= width
         frame = [line for line in lines if line.startswith(("│", "╭", "╰", "├"))]
         assert len({cell_len(line) for line in frame}) == 1
+
+    def test_a_very_wide_terminal_is_not_filled(self, solved):
+        """Lines of more than 160 cells are hard to read."""
+        assert max(map(cell_len, shown(solved, 300).splitlines())) == 160
 
     @pytest.mark.parametrize("text", TEXTS)
     def test_colour_says_nothing_that_characters_do_not(self, text):
