@@ -31,6 +31,7 @@ from captum_cage.inputs import Prompt, TokenIdsInput, baseline_id, token_ids
 from captum_cage.result import GraphAttributionResult, split_ranges
 from captum_cage.rows import RowTask, check_task, loop_row
 from captum_cage.scoring import (
+    check_baseline,
     check_model,
     check_sequence,
     generate_ids,
@@ -148,7 +149,7 @@ class GraphContextAttribution(CaptumAttribution):
             explain (optional): what to explain. None for all of it; an int, a slice or
                 ``(start, stop)`` of generated units; a substring of the generated text,
                 whose *last* occurrence counts; a compiled regular expression, whose
-                last match counts. Default: ``None``
+                last visible match counts. Default: ``None``
             units (optional): the nodes of the graph: ``"token"``, ``"word"``,
                 ``"sentence"``, a function from a text to character ranges, character
                 ranges in the whole text (prompt followed by generated text), or a
@@ -182,6 +183,7 @@ class GraphContextAttribution(CaptumAttribution):
             generated = self._target_ids(prompt, target, gen_args)
             check_sequence(self.llm_attr, prompt.ids, generated)
             task = self._task(prompt, generated, sides, kwargs)
+            check_baseline(self.llm_attr, task.baseline)
             explained = explained_units(
                 explain, task.steps.units, task.generated_text.text
             )

@@ -24,6 +24,7 @@ from captum_cage.inputs import (
 from captum_cage.text import decode
 
 __all__ = [
+    "check_baseline",
     "check_model",
     "check_sequence",
     "context_length",
@@ -134,6 +135,24 @@ def check_sequence(
                 "tokens",
                 f"the prompt has {len(prompt)}{rest}",
                 "Shorten them, or load a model with a longer context.",
+            )
+        )
+
+
+def check_baseline(llm_attr: LLMAttributionObject, baseline: int) -> None:
+    """Refuse a baseline token that the model does not know.
+
+    Raises:
+        ValueError: if its id is out of the vocabulary.
+    """
+    vocabulary = _vocabulary_size(llm_attr.model, llm_attr.tokenizer)
+    if not 0 <= baseline < vocabulary:
+        raise ValueError(
+            complaint(
+                "generated_baseline",
+                f"must be in the vocabulary of {vocabulary} tokens",
+                f"id {baseline} came",
+                "Pass the id of a token, for example tokenizer.eos_token_id.",
             )
         )
 

@@ -298,12 +298,13 @@ def test_the_model_is_restored_after_an_error(tokenizer, inp):
     assert all(module.training for module in model.modules())
 
 
-def test_an_interrupted_call_goes_on_where_it_stopped(
-    fresh_model, tokenizer, inp, caplog
-):
-    """Finished rows are not asked for again, and the result is the same."""
+@pytest.fixture
+def interrupted():
+    """A class of its own for each test, as it counts its calls."""
 
     class Interrupted(FeatureAblation):
+        """Ablation that is interrupted in its fourth call."""
+
         calls, stop = 0, 4
 
         def attribute(self, *args, **kwargs):
@@ -312,13 +313,20 @@ def test_an_interrupted_call_goes_on_where_it_stopped(
                 raise KeyboardInterrupt
             return super().attribute(*args, **kwargs)
 
-    llm_attr = LLMAttribution(Interrupted(fresh_model), tokenizer)
+    return Interrupted
+
+
+def test_an_interrupted_call_goes_on_where_it_stopped(
+    interrupted, fresh_model, tokenizer, inp, caplog
+):
+    """Finished rows are not asked for again, and the result is the same."""
+    llm_attr = LLMAttribution(interrupted(fresh_model), tokenizer)
     cage = GraphContextAttribution(llm_attr)
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
         cage.attribute(inp, TARGET)
     assert "stopped after 3 of" in caplog.text
     result = cage.attribute(inp, TARGET)
-    assert Interrupted.calls == result.graph.n_generated + 1
+    assert interrupted.calls == result.graph.n_generated + 1
     whole = GraphContextAttribution(
         LLMAttribution(FeatureAblation(fresh_model), tokenizer)
     ).attribute(inp, TARGET)
@@ -327,20 +335,10 @@ def test_an_interrupted_call_goes_on_where_it_stopped(
 
 @pytest.mark.parametrize("change", ["target", "units", "weights", "input"])
 def test_rows_of_an_interrupted_call_serve_that_call_alone(
-    fresh_model, tokenizer, inp, change
+    interrupted, fresh_model, tokenizer, inp, change
 ):
     """Another question, or a changed model, starts afresh."""
-
-    class Interrupted(FeatureAblation):
-        calls, stop = 0, 4
-
-        def attribute(self, *args, **kwargs):
-            type(self).calls += 1
-            if type(self).calls == type(self).stop:
-                raise KeyboardInterrupt
-            return super().attribute(*args, **kwargs)
-
-    llm_attr = LLMAttribution(Interrupted(fresh_model), tokenizer)
+    llm_attr = LLMAttribution(interrupted(fresh_model), tokenizer)
     cage = GraphContextAttribution(llm_attr)
     with pytest.raises(KeyboardInterrupt):
         cage.attribute(inp, TARGET)
@@ -355,7 +353,7 @@ def test_rows_of_an_interrupted_call_serve_that_call_alone(
     else:
         inp = TextTokenInput(PROMPT, tokenizer)
     result = cage.attribute(inp, target, units=units)
-    assert Interrupted.calls == result.graph.n_generated + 4
+    assert interrupted.calls == result.graph.n_generated + 4
 
 
 def test_two_threads_with_one_model_do_not_mix(model, tokenizer, inp):
@@ -540,6 +538,14 @@ def test_an_unknown_baseline_token_is_refused(model, tokenizer, inp):
         cage.attribute(inp, TARGET)
     with pytest.raises(TypeError, match="generated_baseline: must be 'auto'"):
         GraphContextAttribution(llm_attr, generated_baseline=1.5)
+
+
+def test_a_baseline_out_of_the_vocabulary_is_refused(untouched, tokenizer, inp):
+    """It would fail deep in the embedding."""
+    llm_attr = LLMAttribution(FeatureAblation(untouched), tokenizer)
+    cage = GraphContextAttribution(llm_attr, generated_baseline=374)
+    with pytest.raises(ValueError, match=r"generated_baseline: .* of 374.*id 374"):
+        cage.attribute(inp, TARGET)
 
 
 def test_an_encoder_decoder_is_refused(tokenizer):
