@@ -2,6 +2,7 @@
 
 from captum_cage._version import __version__
 from captum_cage.attribution import GraphContextAttribution
+from captum_cage.engines import register_engine
 from captum_cage.graph import AttributionGraph
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
 from captum_cage.result import GraphAttributionResult, TextPath
@@ -16,4 +17,5 @@ __all__ = [
     "TokenIdsInput",
     "Unit",
     "__version__",
+    "register_engine",
 ]

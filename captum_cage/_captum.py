@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import captum
@@ -20,7 +20,9 @@ from captum.attr import (
     RemoteLLMAttribution,
     ShapleyValues,
 )
+from captum.attr._core.lime import default_perturb_func
 from captum.attr._core.llm_attr import DEFAULT_GEN_ARGS
+from captum.attr._utils.approximation_methods import approximation_parameters
 from torch import Tensor
 
 from captum_cage._checks import complaint, shown
@@ -29,12 +31,18 @@ __all__ = [
     "DEFAULT_GEN_ARGS",
     "Family",
     "LLMAttributionObject",
+    "argument",
+    "attribute_scored",
     "attribute_unit",
     "base_method",
     "check_attribution_object",
     "check_kwargs",
-    "check_row_length",
+    "check_longest_row",
+    "check_shortest_row",
+    "draws_fair_coins",
     "family",
+    "integration_points",
+    "lime_samples",
 ]
 
 Family: TypeAlias = Literal["perturbation", "gradient", "remote"]
@@ -136,18 +144,15 @@ def check_kwargs(llm_attr: LLMAttributionObject, kwargs: Mapping[str, Any]) -> N
         )
 
 
-def check_row_length(
-    llm_attr: LLMAttributionObject, shortest: int, longest: int
-) -> None:
-    """Refuse rows that the base method cannot compute, before it tries.
+def check_longest_row(llm_attr: LLMAttributionObject, longest: int) -> None:
+    """Refuse rows that the base method would take for ever to compute.
 
     Args:
         llm_attr: the wrapped object.
-        shortest (int): number of units before the first generated unit.
         longest (int): number of units before the last generated unit.
 
     Raises:
-        ValueError: if a row is too long or too short for the method.
+        ValueError: if a row is too long for the method.
     """
     method = llm_attr.attr_method
     if isinstance(method, ShapleyValues) and longest > _MOST_SHAPLEY_FEATURES:
@@ -161,7 +166,19 @@ def check_row_length(
                 "ShapleyValueSampling.",
             )
         )
-    if isinstance(method, Lime | KernelShap) and shortest < 2:
+
+
+def check_shortest_row(llm_attr: LLMAttributionObject, shortest: int) -> None:
+    """Refuse rows that the base method cannot compute.
+
+    Args:
+        llm_attr: the wrapped object.
+        shortest (int): number of units before the first generated unit.
+
+    Raises:
+        ValueError: if a row is too short for the method.
+    """
+    if isinstance(llm_attr.attr_method, Lime | KernelShap) and shortest < 2:
         raise ValueError(
             complaint(
                 base_method(llm_attr),
@@ -210,13 +227,116 @@ def attribute_unit(
         arguments["baselines"] = _all_absent
     known = _named_parameters(llm_attr.attribute)
     arguments.pop("use_cached_outputs", None)
-    if "use_cached_outputs" in known:
-        arguments["use_cached_outputs"] = False
     if "forward_in_tokens" in known:
         arguments.setdefault("forward_in_tokens", token_by_token)
+    if type(llm_attr).attribute is LLMAttribution.attribute:
+        return _perturbed(call, inp, target, arguments)
+    if "use_cached_outputs" in known:
+        arguments["use_cached_outputs"] = False
     result = call.attribute(inp, target=target, **arguments)
     scores: Tensor = result.seq_attr
     return scores
+
+
+def _perturbed(
+    call: Any, inp: InterpretableInput, target: Tensor, arguments: dict[str, Any]
+) -> Tensor:
+    """What ``LLMAttribution.attribute`` gives, before it is rounded to float32.
+
+    Where the method attributes each token, theirs are summed: the difference of two
+    sums of float32 log-probabilities has lost digits.
+    """
+    trials = arguments.pop("num_trials", 1)
+    in_tokens = arguments.pop("forward_in_tokens")
+    each_token = call.include_per_token_attr and call.attr_target == "log_prob"
+    total = torch.zeros(inp.n_itp_features, dtype=torch.float64)
+    for _ in range(trials):
+        found = call.attr_method.attribute(
+            inp.to_tensor().to(call.device),
+            additional_forward_args=(inp, target, False, None, in_tokens),
+            **arguments,
+        )
+        rows = found.detach().double().cpu().reshape(-1, inp.n_itp_features)
+        total += rows[1:].sum(dim=0) if each_token else rows[0]
+    mean: Tensor = total / trials
+    return mean
+
+
+def attribute_scored(
+    llm_attr: LLMAttributionObject,
+    features: int,
+    kwargs: Mapping[str, Any],
+    score: Callable[[Tensor], float],
+    draw: Callable[[], Tensor] | None = None,
+) -> Tensor:
+    """What the base method gives when the scores of its samples come from elsewhere.
+
+    Args:
+        llm_attr: the wrapped object.
+        features (int): number of features.
+        kwargs: arguments for the base method.
+        score: value of a sample, an indicator of shape ``(1, features)``.
+        draw (optional): the next sample, in place of Captum's own. Default: None
+
+    Returns:
+        Tensor: attributions, shape ``(features,)``, float64.
+    """
+
+    def forward(sample: Tensor, *_: Any) -> Tensor:
+        return torch.tensor(score(sample), dtype=torch.float64)
+
+    def perturb(*_: Any, **__: Any) -> Tensor:
+        return draw()  # type: ignore[misc]
+
+    method: Any = copy.copy(llm_attr.attr_method)
+    method.forward_func = forward
+    if draw is not None:
+        method.perturb_func = perturb
+    arguments = {k: v for k, v in kwargs.items() if k not in _WRAPPER_KWARGS}
+    trials = kwargs.get("num_trials", 1)
+    total = torch.zeros(features, dtype=torch.float64)
+    for _ in range(trials):
+        found = method.attribute(
+            torch.ones((1, features), dtype=torch.long), **arguments
+        )
+        total += found.detach().double().cpu().reshape(features)
+    mean: Tensor = total / trials
+    return mean
+
+
+def argument(
+    llm_attr: LLMAttributionObject, kwargs: Mapping[str, Any], name: str
+) -> Any:
+    """An argument of the base method, or its default."""
+    if name in kwargs:
+        return kwargs[name]
+    parameters = inspect.signature(llm_attr.attr_method.attribute).parameters
+    return parameters[name].default
+
+
+def draws_fair_coins(llm_attr: LLMAttributionObject) -> bool:
+    """Whether a Lime object draws its samples as Captum does by default."""
+    method: Any = llm_attr.attr_method
+    return getattr(method, "perturb_func", None) is default_perturb_func
+
+
+def lime_samples(count: int, features: int) -> Tensor:
+    """Samples as Captum's Lime draws them by default, shape ``(count, features)``."""
+    inputs = torch.ones((1, features), dtype=torch.long)
+    drawn = [
+        default_perturb_func(inputs, num_interp_features=features) for _ in range(count)
+    ]
+    return torch.cat(drawn)
+
+
+def integration_points(method: str, steps: int) -> tuple[list[float], list[float]]:
+    """Where Captum's integrated gradients evaluate, and the weight of each point.
+
+    Raises:
+        ValueError: if there is no such method.
+    """
+    find_weights, find_alphas = approximation_parameters(method)
+    return find_alphas(steps), find_weights(steps)
 
 
 def _named_parameters(function: Any) -> list[str]:

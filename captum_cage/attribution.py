@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,7 @@ import torch
 import transformers
 from captum.attr import Attribution as CaptumAttribution
 from captum.attr import InterpretableInput, TextTemplateInput
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
 from captum_cage._captum import (
     CAPTUM_VERSION,
@@ -24,12 +24,12 @@ from captum_cage._captum import (
     check_attribution_object,
     check_kwargs,
 )
-from captum_cage._checks import complaint, one_of, shown
+from captum_cage._checks import complaint, one_of, shown, whole_number
 from captum_cage._version import __version__
 from captum_cage.graph import AttributionGraph, Normalization
 from captum_cage.inputs import Prompt, TokenIdsInput, baseline_id, token_ids
 from captum_cage.result import GraphAttributionResult, split_ranges
-from captum_cage.rows import RowTask, check_task, loop_row
+from captum_cage.rows import check_task
 from captum_cage.scoring import (
     check_baseline,
     check_model,
@@ -39,6 +39,14 @@ from captum_cage.scoring import (
     log_probabilities,
 )
 from captum_cage.spans import Explain, explained_units
+from captum_cage.strategy import (
+    Approximation,
+    RowStore,
+    Strategy,
+    StrategyName,
+    fill,
+)
+from captum_cage.task import RowTask
 from captum_cage.text import read_tokens, special_ids
 from captum_cage.units import Granularity, Unit, Units, group_tokens, split_units
 
@@ -47,7 +55,7 @@ __all__ = ["GraphContextAttribution"]
 logger = logging.getLogger(__name__)
 
 NORMALIZATIONS = ("positive", "absolute", "signed")
-STRATEGIES = ("auto", "loop")
+STRATEGIES = ("auto", "loop", "fused")
 
 # Tokens of the prompt in whose context the generated ones are read.
 _CONTEXT = 8
@@ -121,7 +129,8 @@ class GraphContextAttribution(CaptumAttribution):
         self.llm_attr = copy.copy(llm_attr)
         self.normalization: Normalization = normalization
         self.generated_baseline = generated_baseline
-        self._unfinished: _Unfinished | None = None
+        self._unfinished: RowStore | None = None
+        self._told: set[str] = set()
 
     def attribute(
         self,
@@ -131,7 +140,11 @@ class GraphContextAttribution(CaptumAttribution):
         explain: Explain = None,
         units: Granularity = "token",
         gen_args: Mapping[str, Any] | None = None,
-        strategy: str = "auto",
+        strategy: StrategyName = "auto",
+        tolerance: float = 0.0,
+        hops: int | None = None,
+        sparsify: float | None = None,
+        batch_size: int | None = None,
         show_progress: bool = False,
         **kwargs: Any,
     ) -> GraphAttributionResult:
@@ -159,8 +172,24 @@ class GraphContextAttribution(CaptumAttribution):
             gen_args (Mapping, optional): for the model's ``generate`` where ``target``
                 is None. Default: Captum's own: greedy, 25 tokens
             strategy (str, optional): how the rows are computed. ``"loop"`` asks the
-                wrapped object once per generated unit; ``"auto"`` takes the fastest
-                way that gives the same rows. Default: ``"auto"``
+                wrapped object once per generated unit. ``"fused"`` computes the same
+                rows all at once by an engine, see :func:`register_engine`; random
+                methods draw other samples of the same distribution. ``"auto"`` takes
+                an engine where there is one and otherwise the loop, which it logs
+                once. Default: ``"auto"``
+            tolerance (float, optional): share of the explained mass, in [0, 1), that
+                may stay on rows that are not computed; ``result.unresolved`` says how
+                much did. Saves work where rows are computed one by one, by the loop or
+                a gradient engine. Default: ``0.0``, all rows
+            hops (int, optional): follow at most this many passes through generated
+                units; 0 gives the direct rows. What is cut is in
+                ``result.unresolved``. Default: ``None``, paths of any length
+            sparsify (float, optional): keep of each row the fewest entries that hold
+                this share of its mass, in (0, 1]; what is dropped is in
+                ``result.unresolved``. For texts of thousands of tokens.
+                Default: ``None``, all entries
+            batch_size (int, optional): most sequences that an engine gives the model
+                at once. Default: ``None``, chosen by the memory that is free
             show_progress (bool, optional): show a progress bar on stderr.
                 Default: ``False``
             **kwargs: for the wrapped object's ``attribute``, such as ``n_steps``.
@@ -175,6 +204,8 @@ class GraphContextAttribution(CaptumAttribution):
                 not fit the model, or the base method cannot do what is asked.
         """
         one_of("strategy", strategy, STRATEGIES)
+        approximation = _approximation(tolerance, hops, sparsify)
+        _check_batch_size(batch_size)
         check_kwargs(self.llm_attr, kwargs)
         sides = split_units(units)
         prompt = Prompt.read(inp, self.llm_attr.tokenizer)
@@ -183,14 +214,17 @@ class GraphContextAttribution(CaptumAttribution):
             generated = self._target_ids(prompt, target, gen_args)
             check_sequence(self.llm_attr, prompt.ids, generated)
             task = self._task(prompt, generated, sides, kwargs)
+            task = replace(task, batch_size=batch_size, show_progress=show_progress)
             check_baseline(self.llm_attr, task.baseline)
             explained = explained_units(
                 explain, task.steps.units, task.generated_text.text
             )
             check_task(task)
+            way = Strategy(task, strategy, self._told)
             scores = log_probabilities(self.llm_attr, prompt, generated)
-            rows = self._rows(task, show_progress)
-        graph = AttributionGraph.from_rows(rows, len(task.sources), self.normalization)
+            weights = np.zeros(len(task.steps))
+            weights[list(explained)] = 1.0
+            graph = self._graph(way, weights, approximation, show_progress)
         logs = np.zeros(len(task.steps))
         np.add.at(logs, task.steps.groups, scores)
         return GraphAttributionResult(
@@ -201,8 +235,9 @@ class GraphContextAttribution(CaptumAttribution):
             generated_text=task.generated_text.text,
             output_probs=torch.from_numpy(np.exp(logs)),
             breaks=prompt.breaks,
-            meta=self._meta(units),
+            meta=self._meta(units, way.name, approximation),
             inp=inp,
+            hops=hops,
         )
 
     def attribute_future(self) -> Callable[[], GraphAttributionResult]:
@@ -276,39 +311,48 @@ class GraphContextAttribution(CaptumAttribution):
             kwargs=dict(kwargs),
         )
 
-    def _rows(self, task: RowTask, show_progress: bool) -> npt.NDArray[np.float64]:
-        """Raw rows ``(G, N)``; what was finished before an interrupt is kept."""
-        unfinished = self._unfinished
-        state = _model_state(self.llm_attr.model)
-        if unfinished is None or not unfinished.belongs_to(task, state):
-            unfinished = _Unfinished(task, state, {})
+    def _graph(
+        self,
+        strategy: Strategy,
+        weights: npt.NDArray[np.float64],
+        approximation: Approximation,
+        show_progress: bool,
+    ) -> AttributionGraph:
+        """The graph; rows that were finished before an interrupt are kept."""
+        task = strategy.task
+        store = RowStore.of(
+            task, self.normalization, approximation.sparsify, self._unfinished
+        )
+        if store is self._unfinished:
+            # What an engine finished before the interrupt is of use, too.
+            task.kept.update(store.task.kept)
         self._unfinished = None
-        done = unfinished.rows
-        steps = range(len(task.steps))
         try:
-            for step in tqdm(
-                steps, desc="rows", unit="row", disable=not show_progress, initial=0
-            ):
-                if step not in done:
-                    done[step] = loop_row(task, step)
+            fill(store, strategy, weights, approximation, show_progress)
         except BaseException:
-            self._unfinished = unfinished
-            if done:
+            store.task.kept.update(task.kept)
+            self._unfinished = store
+            if store.rows:
                 logger.warning(
                     "stopped after %d of %d rows; the same call goes on from there",
-                    len(done),
-                    len(steps),
+                    len(store.rows),
+                    len(task.steps),
                 )
             raise
-        return np.stack([done[step] for step in steps])
+        return store.graph()
 
-    def _meta(self, units: Granularity) -> dict[str, Any]:
+    def _meta(
+        self, units: Granularity, strategy: str, approximation: Approximation
+    ) -> dict[str, Any]:
         model = self.llm_attr.model
         name = getattr(getattr(model, "config", None), "name_or_path", "")
         return {
             "method": base_method(self.llm_attr),
             "model": name or type(model).__name__,
             "units": units if isinstance(units, str) else "own",
+            "strategy": strategy,
+            "tolerance": approximation.tolerance,
+            "sparsify": approximation.sparsify,
             "versions": {
                 "captum_cage": __version__,
                 "captum": CAPTUM_VERSION,
@@ -316,6 +360,44 @@ class GraphContextAttribution(CaptumAttribution):
                 "transformers": transformers.__version__,
             },
         }
+
+
+def _approximation(tolerance: Any, hops: int | None, sparsify: Any) -> Approximation:
+    """The approximations that the user asked for, checked."""
+    if not _is_share(tolerance) or not 0.0 <= tolerance < 1.0:
+        raise ValueError(
+            complaint(
+                "tolerance",
+                "must be a share of the explained mass, 0 or more and less than 1",
+                f"{shown(tolerance)} came",
+                "Pass 0.01 to leave at most 1% open.",
+            )
+        )
+    if sparsify is not None and not (_is_share(sparsify) and 0.0 < sparsify <= 1.0):
+        raise ValueError(
+            complaint(
+                "sparsify",
+                "must be a share of each row's mass, more than 0 and at most 1",
+                f"{shown(sparsify)} came",
+                "Pass 0.99 to keep 99% of it, or None for all entries.",
+            )
+        )
+    if hops is not None:
+        remedy = "Pass the number of passes; 0 gives the direct rows."
+        hops = whole_number("hops", hops, remedy=remedy)
+    return Approximation(
+        float(tolerance), hops, None if sparsify is None else float(sparsify)
+    )
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_batch_size(batch_size: int | None) -> None:
+    if batch_size is not None:
+        remedy = "Pass the number of sequences, or None to have it chosen."
+        whole_number("batch_size", batch_size, minimum=1, remedy=remedy)
 
 
 def _source_units(prompt: Prompt, units: Any) -> Units:
@@ -373,45 +455,3 @@ def _feature_spans(prompt: Prompt) -> list[tuple[int, int] | None]:
                 )
                 spans[feature] = (first[0], last[1])
     return spans
-
-
-@dataclass(frozen=True)
-class _Unfinished:
-    """Rows of a call that was interrupted, and what they belong to."""
-
-    task: RowTask
-    state: tuple[tuple[int, int], ...]
-    rows: dict[int, npt.NDArray[np.float64]]
-
-    def belongs_to(self, task: RowTask, state: tuple[tuple[int, int], ...]) -> bool:
-        """Whether a task has the very rows of this one."""
-        mine = self.task
-        return (
-            self.state == state
-            and mine.prompt.inp is task.prompt.inp
-            and mine.prompt.ids == task.prompt.ids
-            and mine.generated == task.generated
-            and mine.baseline == task.baseline
-            and np.array_equal(mine.sources.groups, task.sources.groups)
-            and np.array_equal(mine.steps.groups, task.steps.groups)
-            and _same_kwargs(mine.kwargs, task.kwargs)
-        )
-
-
-def _same_kwargs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    if one.keys() != other.keys():
-        return False
-    for key, value in one.items():
-        if isinstance(value, Tensor):
-            if not (isinstance(other[key], Tensor) and torch.equal(value, other[key])):
-                return False
-        elif value is not other[key] and value != other[key]:
-            return False
-    return True
-
-
-def _model_state(model: Any) -> tuple[tuple[int, int], ...]:
-    """Changes when a parameter of the model is replaced or written to."""
-    if not isinstance(model, nn.Module):
-        return ((id(model), 0),)
-    return tuple((p.data_ptr(), p._version) for p in model.parameters())

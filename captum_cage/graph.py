@@ -5,11 +5,12 @@ Pure NumPy and SciPy: it knows nothing of Captum, of tokens or of language.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from numbers import Integral
-from typing import Any, Literal, TypeVar, get_args
+from itertools import chain, count, pairwise, repeat
+from numbers import Integral, Real
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -24,14 +25,17 @@ from captum_cage._checks import (
     shown,
     whole_number,
 )
+from captum_cage._shares import (
+    Normalization,
+    check_entries,
+    checked_weights,
+    heaviest,
+    masses,
+    shares,
+)
 from captum_cage.solve import Hops, Path
 
 __all__ = ["AttributionGraph", "Hops", "Normalization", "Path"]
-
-Normalization = Literal["positive", "absolute", "signed"]
-"""How a raw row becomes a row of the graph; see `AttributionGraph`."""
-
-_AnyArray = TypeVar("_AnyArray", bound=np.ndarray[Any, Any])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -48,19 +52,30 @@ class AttributionGraph:
     A row without mass stays zero: what reaches it leaks. A graph never changes, and
     its arrays are read-only.
 
-    Make one with `from_rows`. The raw rows, the sources and the normalisation are all
-    there is to save: the rest follows from them.
+    A graph may be an approximation: rows that were not computed, and rows of which the
+    light entries were dropped. Such a row is multiplied by the share of its mass that
+    it kept, so what is missing is missing from its sum, and `unresolved` certifies how
+    much an answer can lack. In absolute values, each row's sum, its ``leak`` and its
+    ``left_out`` make one.
+
+    Make one with `from_rows`. The raw rows, the sources, the normalisation and what
+    the rows kept are all there is to save: the rest follows from them.
 
     Attributes:
         rows: the raw rows, shape ``(G, N)``, float64; an array where an array was
             given, else a CSR array.
         sources: whether a unit is a source, shape ``(N,)``, bool.
         normalization: ``"positive"``, ``"absolute"`` or ``"signed"``.
+        kept: share of each generated unit's mass that the entries of its row hold,
+            shape ``(G,)``, float64, in [0, 1]: 1 for a complete row, 0 for one that
+            was not computed. Default: all ones.
         matrix: the graph, CSR array of shape ``(N, N)``, float64, lower triangular.
-            Rows of sources are unit vectors, rows of generated units are normalised
-            and stand strictly below the diagonal.
+            Rows of sources are unit vectors, rows of generated units are normalised,
+            multiplied by ``kept`` and stand strictly below the diagonal.
         leak: share of each generated unit's mass that goes nowhere, shape ``(G,)``,
-            float64: exactly 1 where its row has no mass, else exactly 0.
+            float64: exactly 1 where its complete row has no mass, else exactly 0.
+        left_out: ``1 - kept``, share of each generated unit's mass that may go
+            anywhere, shape ``(G,)``, float64, in [0, 1].
         source_units: unit indices of the sources, shape ``(P,)``, int64.
         generated_units: unit indices of the generated units, shape ``(G,)``, int64.
 
@@ -81,8 +96,10 @@ class AttributionGraph:
     rows: Any
     sources: NDArray[np.bool_]
     normalization: Normalization = "positive"
+    kept: NDArray[np.float64] = None  # type: ignore[assignment]
     matrix: csr_array = field(init=False)
     leak: NDArray[np.float64] = field(init=False)
+    left_out: NDArray[np.float64] = field(init=False)
     source_units: NDArray[np.int64] = field(init=False)
     generated_units: NDArray[np.int64] = field(init=False)
 
@@ -91,15 +108,25 @@ class AttributionGraph:
         raw = _raw_rows(self.rows)
         sources = _source_mask(self.sources, *raw.shape)
         generated_units = np.flatnonzero(~sources).astype(np.int64)
+        kept = _kept_shares(self.kept, generated_units.size)
         entries = _canonical(csr_array(raw))
-        _check_rows(entries, generated_units)
-        shares, leak = _normalised(entries, self.normalization)
+        row_of = _row_of(entries)
+        check_entries(row_of, entries.indices, entries.data, generated_units[row_of])
+        part, filled = shares(entries.data, entries.indptr, self.normalization)
+        _check_kept(kept, filled, np.diff(entries.indptr), generated_units)
+        normalised = csr_array(
+            (part * kept[row_of], entries.indices, entries.indptr),
+            shape=entries.shape,
+            copy=True,
+        )
         # A frozen dataclass sets its own fields this way.
         for name, value in {
             "rows": entries if issparse(raw) else raw,
             "sources": sources,
-            "matrix": _with_source_rows(shares, sources),
-            "leak": leak,
+            "kept": kept,
+            "matrix": _with_source_rows(_canonical(normalised), sources),
+            "leak": (~filled & (kept == 1.0)).astype(np.float64),
+            "left_out": 1.0 - kept,
             "source_units": np.flatnonzero(sources).astype(np.int64),
             "generated_units": generated_units,
         }.items():
@@ -108,28 +135,42 @@ class AttributionGraph:
     @classmethod
     def from_rows(
         cls,
-        rows: ArrayLike | csr_array,
+        rows: ArrayLike | csr_array | Iterable[ArrayLike | None],
         sources: int | ArrayLike,
         normalization: Normalization = "positive",
+        *,
+        kept: ArrayLike | None = None,
+        sparsify: float | None = None,
     ) -> AttributionGraph:
         """The graph of raw attribution rows.
 
         Args:
             rows: raw, signed rows of the generated units in their order, shape
                 ``(G, N)``; array-like or any SciPy sparse matrix. Zero for every unit
-                at or after the row's own. They are copied and never changed.
+                at or after the row's own. They are copied and never changed. Or an
+                iterator of rows of shape ``(N,)``, which is consumed one row at a time
+                and stored sparsely; ``None`` stands for a row that was not computed,
+                there and in a list or tuple of rows.
             sources: the number ``P`` of sources if these are the first ``P`` units,
                 or a boolean mask of shape ``(N,)``, ``True`` for a source, if sources
                 also stand after generated text.
             normalization: ``"positive"``, ``"absolute"`` or ``"signed"``.
+            kept: share of each row's mass that its entries hold, shape ``(G,)``, in
+                [0, 1]; 0 for a row that was not computed. By default 1 for every row
+                but those that are ``None``.
+            sparsify: share of each row's mass to keep, as in `sparsified`; rows of an
+                iterator are cut as they come. ``None`` keeps every entry.
 
         Returns:
             The graph.
 
         Raises:
-            TypeError: if rows or sources are not numbers or booleans of this kind.
+            TypeError: if rows, sources or shares are not numbers or booleans of this
+                kind.
             ValueError: if shapes do not fit, an entry is not finite, a row has an
-                entry at or after its own unit, or the normalisation is unknown.
+                entry at or after its own unit, the normalisation is unknown, a share
+                is out of range, a row of which nothing is kept has entries, or one of
+                which a part is kept has no mass.
 
         Example:
             A source, a generated unit, a tool result, a generated unit:
@@ -140,9 +181,25 @@ class AttributionGraph:
             [0.25, 0.25, 0.5, 0.0]
             >>> graph.marginals().tolist()
             [[1.0, 0.0], [0.5, 0.5]]
+
+            Only the last row is known:
+
+            >>> graph = AttributionGraph.from_rows([None, [0, 1, 3, 0]], 2)
+            >>> graph.explain([0, 1]).tolist(), graph.unresolved([0, 1])
+            ([0.0, 0.25], 0.75)
         """
-        given: Any = sources
-        return cls(rows, given, normalization)
+        # Whatever came: the constructor checks it.
+        raw: Any = rows
+        mask: Any = sources
+        parts: Any = kept
+        share = None if sparsify is None else _cut_share("sparsify", sparsify)
+        listed = isinstance(raw, (list, tuple)) and any(row is None for row in raw)
+        if listed or isinstance(raw, Iterator):
+            one_of("normalization", normalization, get_args(Normalization))
+            raw, parts = _collected(raw, mask, normalization, parts, share)
+            share = None
+        graph = cls(raw, mask, normalization, parts)
+        return graph if share is None else graph.sparsified(share)
 
     @property
     def n_units(self) -> int:
@@ -197,14 +254,23 @@ class AttributionGraph:
         to_generated = _canonical(csr_array(generated[:, self.generated_units]))
         return _locked(to_sources), _locked(to_generated)
 
-    def marginals(self) -> NDArray[np.float64]:
+    def marginals(self, *, hops: int | None = None) -> NDArray[np.float64]:
         """Mass of all paths from each generated unit to each source unit.
 
         Solves ``(I - L) X = A``. To explain one span, `explain` is far cheaper.
 
+        Args:
+            hops: count only paths with at most this many passes through generated
+                units: ``X = sum_i L^i A`` for ``i <= hops``. ``None`` for all.
+
         Returns:
             ``X``, shape ``(G, P)``, float64. In ``positive`` and ``absolute`` its
-            entries are in [0, 1] and its rows sum to one less what leaks on the way.
+            entries are in [0, 1] and its rows sum to one less what leaks on the way
+            and what is unresolved.
+
+        Raises:
+            TypeError: if ``hops`` is not a whole number.
+            ValueError: if ``hops`` is negative.
 
         Source:
             Walker and Ewetz (2025), arXiv:2512.15663, section 4.
@@ -213,14 +279,19 @@ class AttributionGraph:
             >>> graph = AttributionGraph.from_rows([[1, 1, 0, 0], [0, 1, 3, 0]], 2)
             >>> graph.marginals().tolist()
             [[0.5, 0.5], [0.375, 0.625]]
+            >>> graph.marginals(hops=0).tolist()
+            [[0.5, 0.5], [0.0, 0.25]]
         """
-        return solve.marginals(*self.blocks())
+        if hops is None:
+            return solve.marginals(*self.blocks())
+        return solve.truncated_marginals(*self.blocks(), _passes("hops", hops))
 
     def explain(self, weights: ArrayLike) -> NDArray[np.float64]:
         """Mass of all paths from the weighted generated units to each source unit.
 
         Equals ``weights @ marginals()``, at the cost of one solve with a vector.
-        In ``positive`` and ``absolute``, ``explain(w).sum() + leaked(w) == w.sum()``.
+        In ``positive`` and ``absolute``,
+        ``explain(w).sum() + leaked(w) + unresolved(w) == w.sum()``.
 
         Args:
             weights: weight of each generated unit, shape ``(G,)``, finite; not
@@ -243,28 +314,35 @@ class AttributionGraph:
         attr: NDArray[np.float64] = to_sources.T @ self.throughput(weights)
         return attr
 
-    def throughput(self, weights: ArrayLike) -> NDArray[np.float64]:
+    def throughput(
+        self, weights: ArrayLike, *, hops: int | None = None
+    ) -> NDArray[np.float64]:
         """Mass that passes through each generated unit when some are explained.
 
         Solves ``(I - L)^T y = w``. A unit's own weight counts as passing through it.
 
         Args:
             weights: as for `explain`.
+            hops: count only paths with at most this many passes through generated
+                units below the first: ``y = sum_i (L^T)^i w`` for ``i <= hops``.
+                ``None`` for all.
 
         Returns:
             ``y``, shape ``(G,)``, float64.
 
         Raises:
-            TypeError: as for `explain`.
-            ValueError: as for `explain`.
+            TypeError: as for `explain`, or if ``hops`` is not a whole number.
+            ValueError: as for `explain`, or if ``hops`` is negative.
 
         Example:
             >>> graph = AttributionGraph.from_rows([[1, 1, 0, 0], [0, 1, 3, 0]], 2)
             >>> graph.throughput([0, 1]).tolist()
             [0.75, 1.0]
+            >>> graph.throughput([0, 1], hops=0).tolist()
+            [0.0, 1.0]
         """
-        _, to_generated = self.blocks()
-        return solve.throughput(to_generated, self._weights(weights))
+        through, _ = self._followed("hops", weights, hops)
+        return through
 
     def leaked(self, weights: ArrayLike, *, hops: int | None = None) -> float:
         """Mass that ends in rows without mass when some units are explained.
@@ -275,10 +353,10 @@ class AttributionGraph:
                 units, as in `hops`; ``None`` for all.
 
         Returns:
-            The sum of ``throughput(weights) * leak``.
+            The sum of ``throughput(weights, hops=hops) * leak``.
 
         Raises:
-            TypeError: as for `explain`.
+            TypeError: as for `explain`, or if ``hops`` is not a whole number.
             ValueError: as for `explain`, or if ``hops`` is negative.
 
         Example:
@@ -288,11 +366,44 @@ class AttributionGraph:
             >>> graph.explain([0, 1]).tolist(), graph.leaked([0, 1], hops=0)
             ([0.25], 0.0)
         """
-        if hops is None:
-            through = self.throughput(weights)
-        else:
-            through, _ = self._truncated("hops", weights, hops)
-        return float(through @ self.leak)
+        return float(self.throughput(weights, hops=hops) @ self.leak)
+
+    def unresolved(self, weights: ArrayLike, *, hops: int | None = None) -> float:
+        """Mass that the graph leaves open when some units are explained.
+
+        A certificate. Let ``x`` be this graph's answer, `explain` or that of `hops`,
+        and ``x*`` the answer along all paths of the complete graph, in which each row
+        has all of its mass. In ``positive`` and ``absolute``, ``0 <= x* - x`` for each
+        source, ``(x* - x).sum() <= unresolved``, and
+        ``x.sum() + leaked + unresolved == w.sum()``. In ``signed``, the sum of
+        ``|x* - x|`` is at most ``unresolved``.
+
+        It holds because ``x* - x`` is what the left out mass ``y[t] * left_out[t]``
+        (and the mass ``left`` at which the series was cut) would still bring, and no
+        mass grows on its way.
+
+        Args:
+            weights: as for `explain`.
+            hops: number of passes after which the series is cut, as in `hops`;
+                ``None`` where it is not cut.
+
+        Returns:
+            The sum of ``|throughput(weights, hops=hops)| * left_out``, plus the sum of
+            ``|left|``. Not negative; exactly 0 where nothing is left out or cut.
+
+        Raises:
+            TypeError: as for `explain`, or if ``hops`` is not a whole number.
+            ValueError: as for `explain`, or if ``hops`` is negative.
+
+        Example:
+            Only the last row was computed, and three quarters of it lead to the first.
+
+            >>> rows = [[0, 0, 0, 0], [0, 1, 3, 0]]
+            >>> graph = AttributionGraph.from_rows(rows, 2, kept=[0, 1])
+            >>> graph.explain([0, 1]).tolist(), graph.unresolved([0, 1])
+            ([0.0, 0.25], 0.75)
+        """
+        return self._open_mass(*self._followed("hops", weights, hops))
 
     def hops(self, weights: ArrayLike, k: int) -> Hops:
         """Mass of the paths with at most ``k`` passes through generated units.
@@ -307,8 +418,8 @@ class AttributionGraph:
             k: number of passes, 0 or more.
 
         Returns:
-            ``attr``, shape ``(P,)``, float64, and ``unresolved``: the mass that still
-            sits on generated units, in ``signed`` the sum of its absolute values.
+            ``attr``, shape ``(P,)``, float64, and ``unresolved(w, hops=k)``: the mass
+            that still sits on generated units or was left out of their rows.
 
         Raises:
             TypeError: as for `explain`, or if ``k`` is not a whole number.
@@ -320,18 +431,69 @@ class AttributionGraph:
             >>> attr.tolist(), unresolved
             ([0.0, 0.25], 0.75)
         """
-        through, left = self._truncated("k", weights, k)
+        number = _passes("k", k)
+        through, left = self._followed("k", weights, number)
         to_sources, _ = self.blocks()
-        return Hops(to_sources.T @ through, float(np.abs(left).sum()))
+        return Hops(to_sources.T @ through, self._open_mass(through, left))
 
-    def _truncated(
-        self, where: str, weights: ArrayLike, k: int
+    def _followed(
+        self, where: str, weights: ArrayLike, hops: int | None
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        number = whole_number(
-            where, k, remedy="Pass the number of passes; 0 gives the direct rows."
-        )
+        """Mass through each generated unit, and mass that was not followed further."""
         _, to_generated = self.blocks()
-        return solve.truncated_throughput(to_generated, self._weights(weights), number)
+        checked = checked_weights(weights, self.n_generated, self.normalization)
+        if hops is None:
+            return solve.throughput(to_generated, checked), np.zeros(self.n_generated)
+        number = _passes(where, hops)
+        return solve.truncated_throughput(to_generated, checked, number)
+
+    def _open_mass(
+        self, through: NDArray[np.float64], left: NDArray[np.float64]
+    ) -> float:
+        return float(np.abs(through) @ self.left_out + np.abs(left).sum())
+
+    def sparsified(self, share: float) -> AttributionGraph:
+        """The graph with the fewest entries that hold a share of each row's mass.
+
+        A row's mass is counted as its normalisation does: entries above zero in
+        ``positive``, absolute values otherwise; entries without mass are dropped. Of
+        equal entries the earlier units stay. What a row loses is not given to the
+        others: its ``kept`` is multiplied by the share that stayed, and `unresolved`
+        says what an answer lacks.
+
+        Args:
+            share: part of each row's mass that stays, in (0, 1]; with 1, every entry
+                that has mass.
+
+        Returns:
+            The sparse graph; its raw rows are a CSR array.
+
+        Raises:
+            TypeError: if the share is not a real number.
+            ValueError: if it is not above 0 and at most 1.
+
+        Example:
+            >>> rows = [[1, 1, 0, 0], [1, 2, 5, 0]]
+            >>> graph = AttributionGraph.from_rows(rows, 2).sparsified(0.6)
+            >>> graph.rows.toarray().tolist(), graph.kept.tolist()
+            ([[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 5.0, 0.0]], [1.0, 0.625])
+            >>> graph.explain([0, 1]).tolist(), graph.unresolved([0, 1])
+            ([0.3125, 0.3125], 0.375)
+        """
+        part = _cut_share("share", share)
+        entries = csr_array(self.rows)  # canonical, as every graph's rows are
+        mass, _ = masses(entries.data, entries.indptr, self.normalization)
+        chosen = np.zeros(mass.size, dtype=np.bool_)
+        held = np.ones(self.n_generated)
+        for row, (start, stop) in enumerate(pairwise(entries.indptr.tolist())):
+            chosen[start:stop], held[row] = heaviest(mass[start:stop], part)
+        ends = np.concatenate([[0], np.cumsum(chosen)])[entries.indptr]
+        rows = csr_array(
+            (entries.data[chosen], entries.indices[chosen], ends), shape=entries.shape
+        )
+        return AttributionGraph(
+            rows, self.sources, self.normalization, self.kept * held
+        )
 
     def best_paths(self, weights: ArrayLike, source: int | None, k: int) -> list[Path]:
         """The ``k`` heaviest paths from the weighted units to a source, exactly.
@@ -372,7 +534,9 @@ class AttributionGraph:
             targets = np.zeros(self.n_units, dtype=np.bool_)
             targets[self.source_units[chosen]] = True
         starts = np.zeros(self.n_units)
-        starts[self.generated_units] = self._weights(weights)
+        starts[self.generated_units] = checked_weights(
+            weights, self.n_generated, self.normalization
+        )
         return solve.best_paths(self.matrix, starts, targets, number)
 
     def coarsen(
@@ -399,7 +563,8 @@ class AttributionGraph:
             TypeError: if the groups are neither whole numbers nor lists of them.
             ValueError: if a unit is missing, named twice or does not exist, if a group
                 is empty or mixes sources and generated units, if groups of generated
-                units interleave, or if a sum is too large for float64.
+                units interleave, if a sum is too large for float64, or if a row is
+                not complete.
 
         Example:
             >>> rows = [[1, 1, 0, 0, 0], [0, 2, 9, 0, 0], [0, 1, 1, 2, 0]]
@@ -410,6 +575,17 @@ class AttributionGraph:
             >>> coarse.rows.tolist() == fine.coarsen([7, 7, 8, 8, 9]).rows.tolist()
             True
         """
+        for row in np.flatnonzero(self.left_out)[:1]:
+            raise ValueError(
+                complaint(
+                    "coarsen",
+                    "every row must be complete",
+                    f"row {row} (unit {self.generated_units[row]}) lacks "
+                    f"{self.left_out[row]:.3g} of its mass",
+                    "Coarsen the graph of the complete rows and sparsify the result: "
+                    "dropping mass does not commute with grouping and normalisation.",
+                )
+            )
         group_of = _group_of_units(groups, self.n_units)
         sources = _coarse_sources(group_of, self.sources)
         coarse_units = np.flatnonzero(~sources)
@@ -447,21 +623,11 @@ class AttributionGraph:
         return AttributionGraph, given
 
     def __repr__(self) -> str:
+        lacks = f", left_out={self.left_out.sum():.3g}" if self.left_out.any() else ""
         return (
             f"AttributionGraph(n_sources={self.n_sources}, "
-            f"n_generated={self.n_generated}, normalization={self.normalization!r})"
-        )
-
-    def _weights(self, weights: ArrayLike) -> NDArray[np.float64]:
-        """The weights of the generated units, checked, shape ``(G,)``."""
-        return finite_vector(
-            "weights",
-            weights,
-            self.n_generated,
-            entry="generated unit",
-            negative=None
-            if self.normalization == "signed"
-            else 'Subtract two explanations instead, or use normalization="signed".',
+            f"n_generated={self.n_generated}, normalization={self.normalization!r}"
+            f"{lacks})"
         )
 
 
@@ -512,9 +678,7 @@ def _source_mask(sources: Any, n_generated: int, n_units: int) -> NDArray[np.boo
     """Which of the units are sources, shape ``(N,)``."""
     mask: NDArray[np.bool_]
     if isinstance(sources, Integral) and not isinstance(sources, bool):
-        n_sources = whole_number(
-            "sources", sources, remedy="Pass the number of sources, or a boolean mask."
-        )
+        n_sources = _first_sources(sources)
         if n_sources + n_generated != n_units:
             raise ValueError(
                 complaint(
@@ -528,10 +692,43 @@ def _source_mask(sources: Any, n_generated: int, n_units: int) -> NDArray[np.boo
             )
         mask = np.arange(n_units) < n_sources
         return mask
-    remedy = (
-        "Pass the number of sources if they come first, or one boolean per unit, "
-        "True for a source."
-    )
+    mask = _mask(sources)
+    if mask.shape != (n_units,):
+        raise ValueError(
+            complaint(
+                "sources",
+                f"a mask must have shape ({n_units},), one entry per column of rows",
+                f"shape {mask.shape} came",
+                _SOURCES,
+            )
+        )
+    n_false = n_units - int(mask.sum())
+    if n_false != n_generated:
+        raise ValueError(
+            complaint(
+                "sources",
+                f"the mask must be False for {n_generated} units, as many as rows",
+                f"it is False for {n_false}",
+                _SOURCES,
+            )
+        )
+    return mask
+
+
+_SOURCES = (
+    "Pass the number of sources if they come first, or one boolean per unit, True for "
+    "a source."
+)
+
+
+def _first_sources(sources: Any) -> int:
+    """The number of sources that stand before all rows."""
+    remedy = "Pass the number of sources, or a boolean mask."
+    return whole_number("sources", sources, remedy=remedy)
+
+
+def _mask(sources: Any) -> NDArray[np.bool_]:
+    """A boolean array of its own, if such a mask came."""
     if issparse(sources) or isinstance(sources, (bool, str)) or sources is None:
         given = None
     else:
@@ -545,97 +742,157 @@ def _source_mask(sources: Any, n_generated: int, n_units: int) -> NDArray[np.boo
                 "sources",
                 "must be a whole number or a boolean mask",
                 f"{shown(sources)} came",
-                remedy,
+                _SOURCES,
             )
         )
-    if given.shape != (n_units,):
+    return given.astype(np.bool_)
+
+
+def _row_of(entries: csr_array) -> NDArray[np.intp]:
+    """The row of each entry, shape ``(nnz,)``."""
+    return np.repeat(np.arange(entries.shape[0]), np.diff(entries.indptr))
+
+
+def _passes(where: str, value: Any) -> int:
+    """A number of passes through generated units."""
+    remedy = "Pass the number of passes; 0 gives the direct rows."
+    return whole_number(where, value, remedy=remedy)
+
+
+def _cut_share(where: str, value: Any) -> float:
+    """A share of a row's mass that is to stay."""
+    must, remedy = "must be above 0 and at most 1", "Pass 0.99 to keep 99% of each row."
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(complaint(where, must, f"{shown(value)} came", remedy))
+    share = float(value)
+    if not 0.0 < share <= 1.0:
+        raise ValueError(complaint(where, must, f"{share} came", remedy))
+    return share
+
+
+_KEPT = (
+    "Pass the share of each row's mass that its entries hold: 1 for a complete row, 0 "
+    "for one that was not computed."
+)
+
+
+def _kept_shares(kept: Any, n_generated: int) -> NDArray[np.float64]:
+    """The share of its mass that each row kept, shape ``(G,)``."""
+    if kept is None:
+        return np.ones(n_generated)
+    checked = finite_vector("kept", kept, n_generated, entry="generated unit")
+    for row in np.flatnonzero((checked < 0.0) | (checked > 1.0))[:1]:
         raise ValueError(
             complaint(
-                "sources",
-                f"a mask must have shape ({n_units},), one entry per column of rows",
-                f"shape {given.shape} came",
-                remedy,
+                "kept",
+                "every share must be at least 0 and at most 1",
+                f"{checked[row]} came at generated unit {row}",
+                _KEPT,
             )
         )
-    mask = given.astype(np.bool_)
-    n_false = n_units - int(mask.sum())
-    if n_false != n_generated:
+    return checked
+
+
+def _check_kept(
+    kept: NDArray[np.float64],
+    filled: NDArray[np.bool_],
+    counts: NDArray[Any],
+    generated_units: NDArray[np.int64],
+) -> None:
+    """Raise if a row that was not computed has entries, or a part has no mass."""
+    for row in np.flatnonzero((kept == 0.0) & (counts > 0))[:1]:
         raise ValueError(
             complaint(
-                "sources",
-                f"the mask must be False for {n_generated} units, as many as rows",
-                f"it is False for {n_false}",
-                remedy,
+                "kept",
+                "a row of which nothing is kept must have no entries",
+                f"row {row} (unit {generated_units[row]}) has {counts[row]}",
+                _KEPT,
             )
         )
-    return mask
-
-
-def _check_rows(entries: csr_array, generated_units: NDArray[np.int64]) -> None:
-    """Raise if a row is not finite or attributes to its own unit or a later one."""
-    row_of = np.repeat(np.arange(entries.shape[0]), np.diff(entries.indptr))
-
-    def place(entry: np.intp) -> tuple[str, str]:
-        row = row_of[entry]
-        return (
-            f"row {row} (unit {generated_units[row]})",
-            f"unit {entries.indices[entry]}",
-        )
-
-    for entry in np.flatnonzero(~np.isfinite(entries.data))[:1]:
-        row, unit = place(entry)
-        value = entries.data[entry]
+    for row in np.flatnonzero((kept > 0.0) & (kept < 1.0) & ~filled)[:1]:
         raise ValueError(
             complaint(
-                "rows",
-                "every entry must be finite",
-                f"{row} has {'a NaN' if np.isnan(value) else value} at {unit}",
-                "Find out why the base method gave it, or pass 0 there.",
-            )
-        )
-    late = entries.indices >= generated_units[row_of]
-    for entry in np.flatnonzero(late)[:1]:
-        row, unit = place(entry)
-        raise ValueError(
-            complaint(
-                "rows",
-                "must be causal: zero for every unit at or after the row's own",
-                f"{row} has {entries.data[entry]} at {unit}",
-                "Check the order of the units and the mask of sources, or set these "
-                "entries to 0.",
+                "kept",
+                "a row of which a part is kept must have mass",
+                f"row {row} (unit {generated_units[row]}) has none and kept "
+                f"{kept[row]}",
+                _KEPT,
             )
         )
 
 
-def _normalised(
-    entries: csr_array, normalization: Normalization
+def _own_units(sources: Any) -> Iterator[int]:
+    """The unit of each row as far as it is known before all rows have come."""
+    if isinstance(sources, Integral) and not isinstance(sources, bool):
+        return count(_first_sources(sources))
+    mask = _mask(sources)
+    return chain(np.flatnonzero(~mask).tolist(), repeat(mask.size))
+
+
+def _collected(
+    rows: Iterable[Any],
+    sources: Any,
+    normalization: Normalization,
+    kept: Any,
+    share: float | None,
 ) -> tuple[csr_array, NDArray[np.float64]]:
-    """The normalised rows, shape ``(G, N)``, and the leak of each, shape ``(G,)``."""
-    n_rows = entries.shape[0]
-    counts = np.diff(entries.indptr)
-    row_of = np.repeat(np.arange(n_rows), counts)
-    signed = entries.data
-    mass = np.maximum(signed, 0.0) if normalization == "positive" else np.abs(signed)
-    filled = np.flatnonzero(counts)
-    starts = entries.indptr[filled]
-    # Scaling by a power of two is exact, and keeps the sums of huge and of tiny
-    # entries within range.
-    peak = np.zeros(n_rows)
-    total = np.ones(n_rows)
-    if filled.size:
-        peak[filled] = np.maximum.reduceat(mass, starts)
-        exponent = np.frexp(peak)[1]
-        mass = np.ldexp(mass, -exponent[row_of])
-        total[filled] = np.add.reduceat(mass, starts)
-    total[peak == 0.0] = 1.0
-    shares = mass / total[row_of]
-    if normalization == "signed":
-        shares = np.copysign(shares, signed)
-    # Copies: eliminating zeros changes them in place.
-    normalised = csr_array(
-        (shares, entries.indices.copy(), entries.indptr.copy()), shape=entries.shape
-    )
-    return _canonical(normalised), (peak == 0.0).astype(np.float64)
+    """Rows that come one at a time, each cut at once, and what they kept."""
+    columns: list[NDArray[np.int32]] = []
+    values: list[NDArray[np.float64]] = []
+    held: list[float] = []
+    n_units: int | None = None
+    for row, (given, own) in enumerate(zip(rows, _own_units(sources), strict=False)):
+        if given is None:
+            columns.append(np.zeros(0, dtype=np.int32))
+            values.append(np.zeros(0))
+            held.append(0.0)
+            continue
+        raw = real_array(f"rows[{row}]", given)
+        n_units = raw.size if n_units is None else n_units
+        if raw.shape != (n_units,):
+            raise ValueError(
+                complaint(
+                    f"rows[{row}]",
+                    f"must have shape ({n_units},), one entry per unit",
+                    f"shape {raw.shape} came",
+                    "Pass rows of equal length, and None for one that was not "
+                    "computed.",
+                )
+            )
+        filled = np.flatnonzero(raw)
+        entries = raw[filled]
+        # Before the cut: an entry that it drops could not be checked any more.
+        numbers = np.broadcast_to([[row], [own]], (2, filled.size))
+        check_entries(numbers[0], filled, entries, numbers[1])
+        part = 1.0
+        if share is not None:
+            mass, _ = masses(entries, np.array([0, filled.size]), normalization)
+            chosen, part = heaviest(mass, share)
+            filled, entries = filled[chosen], entries[chosen]
+        columns.append(filled.astype(np.int32))
+        values.append(entries)
+        held.append(part)
+    if n_units is None:
+        before = isinstance(sources, Integral)
+        n_units = int(sources) + len(held) if before else _mask(sources).size
+    data = np.concatenate([np.zeros(0), *values])
+    indices = np.concatenate([np.zeros(0, dtype=np.int32), *columns])
+    indptr = np.cumsum([0, *map(len, values)])
+    joined = csr_array((data, indices, indptr), shape=(len(held), n_units))
+    holds = np.array(held)
+    if kept is None:
+        return joined, holds
+    checked = _kept_shares(kept, holds.size)
+    for row in np.flatnonzero((checked > 0.0) & (holds == 0.0))[:1]:
+        raise ValueError(
+            complaint(
+                "kept",
+                "nothing can be kept of a row that is None",
+                f"{checked[row]} came at generated unit {row}",
+                _KEPT,
+            )
+        )
+    return joined, checked * holds
 
 
 def _with_source_rows(shares: csr_array, sources: NDArray[np.bool_]) -> csr_array:

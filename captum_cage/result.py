@@ -28,7 +28,10 @@ from captum_cage.units import Granularity, Unit, Units, group_tokens, split_unit
 __all__ = ["FORMAT_VERSION", "GraphAttributionResult", "TextPath"]
 
 FORMAT = "captum_cage.result"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of the files that are written. Version 1 is read, too: it had complete rows only."""
+
+_READABLE = (1, FORMAT_VERSION)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,12 @@ class GraphAttributionResult(LLMAttributionResult):
         meta (Mapping, optional): how the result was made, JSON values only.
             Default: ``None``
         inp (InterpretableInput, optional): the input. Default: ``None``
+        hops (int, optional): count only paths with at most this many passes through
+            generated units. Default: ``None``, paths of any length
+
+    Raises:
+        TypeError: if ``hops`` is not a whole number.
+        ValueError: if ``hops`` is negative.
 
     Attributes:
         graph (AttributionGraph): the graph.
@@ -79,8 +88,7 @@ class GraphAttributionResult(LLMAttributionResult):
         input_tokens (list[str]): text of the source units.
         output_tokens (list[str]): text of the generated units.
         output_probs (Tensor or None): probability of each generated unit, ``(G,)``.
-        unresolved (float): mass that an approximation left open; 0.0 here, as every
-            row was computed.
+        hops (int or None): number of passes after which paths are cut.
 
     Source: Walker and Ewetz (2025), arXiv:2512.15663.
     """
@@ -97,7 +105,11 @@ class GraphAttributionResult(LLMAttributionResult):
         breaks: Sequence[int] = (),
         meta: Mapping[str, Any] | None = None,
         inp: InterpretableInput | None = None,
+        hops: int | None = None,
     ) -> None:
+        if hops is not None:
+            remedy = "Pass the number of passes; 0 gives the direct rows."
+            hops = whole_number("hops", hops, remedy=remedy)
         self.graph = graph
         self.units = tuple(units)
         self.explained = tuple(explained)
@@ -107,11 +119,15 @@ class GraphAttributionResult(LLMAttributionResult):
         self.generated_text = generated_text
         self.breaks = tuple(breaks)
         self.meta = dict(meta or {})
-        self.unresolved = 0.0
+        self.hops = hops
         super().__init__(
             input_tokens=[unit.text for unit in self.units if not unit.generated],
             output_tokens=[unit.text for unit in self.units if unit.generated],
-            seq_attr=torch.from_numpy(graph.explain(self.weights)),
+            seq_attr=torch.from_numpy(
+                graph.explain(self.weights)
+                if hops is None
+                else graph.hops(self.weights, hops).attr
+            ),
             output_probs=output_probs,
             inp=inp,
         )
@@ -123,15 +139,16 @@ class GraphAttributionResult(LLMAttributionResult):
     def __repr__(self) -> str:
         texts = [self.output_tokens[step] for step in self.explained]
         shown = "".join(texts) if len(texts) == 1 else f"{len(texts)} units"
+        lacks = f", unresolved={self.unresolved:.3g}" if self.unresolved > 0 else ""
         return (
             f"{type(self).__name__}(P={self.graph.n_sources}, "
             f"G={self.graph.n_generated}, explained={shown!r}, "
-            f"leaked={self.leaked:.3g})"
+            f"leaked={self.leaked:.3g}{lacks})"
         )
 
     @property
     def token_attr(self) -> Tensor:
-        """Marginals of every generated unit, shape ``(G, P)``, float64."""
+        """Marginals of every generated unit, cut at ``hops``; ``(G, P)``, float64."""
         return self._marginals
 
     @token_attr.setter
@@ -141,7 +158,7 @@ class GraphAttributionResult(LLMAttributionResult):
 
     @cached_property
     def _marginals(self) -> Tensor:
-        return torch.from_numpy(self.graph.marginals())
+        return torch.from_numpy(self.graph.marginals(hops=self.hops))
 
     @property
     def seq_attr_dict(self) -> dict[str, float]:
@@ -180,20 +197,41 @@ class GraphAttributionResult(LLMAttributionResult):
 
     @cached_property
     def step_attr(self) -> Tensor:
-        """Mass that passes through each generated unit, shape ``(G,)``, float64."""
-        return torch.from_numpy(self.graph.throughput(self.weights))
+        """Mass that passes through each generated unit, shape ``(G,)``, float64.
+
+        Solves ``(I - L)^T y = w``, or cuts its series after ``hops`` passes.
+        """
+        return torch.from_numpy(self.graph.throughput(self.weights, hops=self.hops))
 
     @cached_property
     def leaked(self) -> float:
-        """Mass that ends in rows without mass.
+        """Mass that ends in rows without mass, within ``hops`` passes.
 
-        In ``positive`` and ``absolute``, ``seq_attr.sum() + leaked`` is the number of
-        explained units.
+        The sum of ``step_attr * graph.leak``. In ``positive`` and ``absolute``,
+        ``seq_attr.sum() + leaked + unresolved`` is the number of explained units.
         """
-        return self.graph.leaked(self.weights)
+        return self.graph.leaked(self.weights, hops=self.hops)
+
+    @cached_property
+    def unresolved(self) -> float:
+        """Mass that rows that were not computed, or not wholly, and ``hops`` left open.
+
+        Not negative; exactly 0 where nothing was left out or cut. It bounds the sum of
+        the absolute differences of ``seq_attr`` to what complete rows and paths of any
+        length would give; in ``positive`` and ``absolute`` no true score is below
+        ``seq_attr``. See `AttributionGraph.unresolved`.
+        """
+        return self.graph.unresolved(self.weights, hops=self.hops)
+
+    @property
+    def rows_computed(self) -> int:
+        """Number of generated units whose row was computed, 0 to ``G``."""
+        return int(np.count_nonzero(self.graph.left_out < 1.0))
 
     def paths(self, k: int = 5, source: int | None = None) -> list[TextPath]:
         """The ``k`` heaviest paths from the explained units to the sources.
+
+        Paths of any length through the rows that were computed, whatever ``hops`` is.
 
         Args:
             k (int, optional): number of paths. Default: ``5``
@@ -224,7 +262,9 @@ class GraphAttributionResult(LLMAttributionResult):
                 ``explain``.
 
         Returns:
-            GraphAttributionResult: the same graph, another question.
+            GraphAttributionResult: the same graph, cut at the same ``hops``; another
+            question. Its ``unresolved`` is its own: rows that were not needed for this
+            question may be missing for that one.
         """
         steps = [unit for unit in self.units if unit.generated]
         return GraphAttributionResult(
@@ -237,6 +277,7 @@ class GraphAttributionResult(LLMAttributionResult):
             breaks=self.breaks,
             meta=self.meta,
             inp=self.inp,
+            hops=self.hops,
         )
 
     def by(self, units: Granularity) -> LLMAttributionResult:
@@ -307,6 +348,8 @@ class GraphAttributionResult(LLMAttributionResult):
             "step_attr": self.step_attr.tolist(),
             "leaked": self.leaked,
             "unresolved": self.unresolved,
+            "kept": self.graph.kept.tolist() if self.graph.left_out.any() else None,
+            "rows_computed": self.rows_computed,
             "paths": [
                 {"units": list(path.units), "weight": path.weight}
                 for path in self.paths(10)
@@ -324,6 +367,7 @@ class GraphAttributionResult(LLMAttributionResult):
             "generated_text": self.generated_text,
             "breaks": list(self.breaks),
             "explained": list(self.explained),
+            "hops": self.hops,
             "units": [
                 {
                     "text": unit.text,
@@ -349,6 +393,8 @@ class GraphAttributionResult(LLMAttributionResult):
                 json.dumps(self._header()).encode("ascii"), dtype=np.uint8
             ),
             "sources": self.graph.sources,
+            "kept": self.graph.kept,
+            "rows_sparse": np.array(issparse(self.graph.rows)),
         }
         if self.output_probs is not None:
             arrays["output_probs"] = self.output_probs.numpy()
@@ -390,11 +436,12 @@ class GraphAttributionResult(LLMAttributionResult):
             raise _not_a_result(path) from error
         if version is None:
             raise _not_a_result(path)
-        if version != FORMAT_VERSION:
+        if version not in _READABLE:
+            readable = " or ".join(map(str, _READABLE))
             raise ValueError(
                 complaint(
                     f"{os.fspath(path)}",
-                    f"must be a result of format version {FORMAT_VERSION}",
+                    f"must be a result of format version {readable}",
                     f"version {version!r} came",
                     "Load it with the captum_cage that saved it.",
                 )
@@ -405,8 +452,12 @@ class GraphAttributionResult(LLMAttributionResult):
             )
             rows = csr_array(parts, shape=tuple(int(n) for n in arrays["rows_shape"]))
             rows.check_format()
+            first = version == 1
             graph = AttributionGraph.from_rows(
-                rows.toarray(), arrays["sources"], header["normalization"]
+                rows if not first and arrays["rows_sparse"] else rows.toarray(),
+                arrays["sources"],
+                header["normalization"],
+                kept=None if first else arrays["kept"],
             )
             units = [
                 Unit(
@@ -432,6 +483,7 @@ class GraphAttributionResult(LLMAttributionResult):
                 output_probs=arrays.get("output_probs"),
                 breaks=[int(end) for end in header["breaks"]],
                 meta=header["meta"],
+                hops=None if first else header["hops"],
             )
         except (
             ValueError,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,67 +10,31 @@ import numpy.typing as npt
 import torch
 
 from captum_cage._captum import (
-    LLMAttributionObject,
     attribute_unit,
     base_method,
-    check_row_length,
+    check_longest_row,
+    check_shortest_row,
     family,
 )
 from captum_cage._checks import complaint
-from captum_cage.inputs import PrefixedInput, Prompt, TokenIdsInput, text_before
-from captum_cage.text import TokenText, decode
-from captum_cage.units import FIXED, Units
+from captum_cage.inputs import PrefixedInput, TokenIdsInput, text_before
+from captum_cage.task import RowTask
+from captum_cage.text import decode
 
-__all__ = ["RowTask", "check_task", "loop_row"]
-
-
-@dataclass(frozen=True)
-class RowTask:
-    """Everything that the raw rows of one explanation depend on.
-
-    Attributes:
-        llm_attr: the wrapped Captum object.
-        prompt (Prompt): what stands before the generated text.
-        generated (tuple[int, ...]): generated ids.
-        generated_text (TokenText): their text.
-        sources (Units): source units, by token of the prompt or by feature.
-        steps (Units): generated units, by generated token.
-        baseline (int): id that stands for an absent generated token.
-        kwargs (Mapping): arguments for the wrapped object's ``attribute``.
-    """
-
-    llm_attr: LLMAttributionObject
-    prompt: Prompt
-    generated: tuple[int, ...]
-    generated_text: TokenText
-    sources: Units
-    steps: Units
-    baseline: int
-    kwargs: Mapping[str, Any]
-
-    @property
-    def width(self) -> int:
-        """Number of units, ``N = P + G``."""
-        return len(self.sources) + len(self.steps)
-
-    def range_of(self, step: int) -> tuple[int, int]:
-        """First generated token of a unit, and the one after its last."""
-        members = self.steps.members(step)
-        return int(members[0]), int(members[-1]) + 1
+__all__ = ["check_loop", "check_task", "checked_row", "loop_row"]
 
 
 def check_task(task: RowTask) -> None:
-    """Refuse, before any model call, what the loop could not do.
+    """Refuse, before any model call, what no strategy could do.
 
     Raises:
         TypeError: if the base method cannot read this input.
-        ValueError: if rows are too long or too short for the method, or a unit of a
-            remote model would not be scored as its own tokens.
+        ValueError: if rows are too short for the method, or a unit of a remote model
+            would not be scored as its own tokens.
     """
-    P, G = len(task.sources), len(task.steps)
-    check_row_length(task.llm_attr, P, P + G - 1)
+    check_shortest_row(task.llm_attr, len(task.sources))
     kind = family(task.llm_attr)
-    if kind == "gradient" and not _has_tokens(task.prompt):
+    if kind == "gradient" and not task.reads_tokens:
         raise TypeError(
             complaint(
                 "inp",
@@ -88,7 +50,7 @@ def check_task(task: RowTask) -> None:
         kind == "perturbation"
         and not task.prompt.takes_ids_alone
         and getattr(task.llm_attr, "attr_target", "log_prob") != "log_prob"
-        and any(len(task.steps.members(step)) > 1 for step in range(G))
+        and any(len(task.steps.members(step)) > 1 for step in range(len(task.steps)))
     ):
         raise ValueError(
             complaint(
@@ -99,10 +61,6 @@ def check_task(task: RowTask) -> None:
                 "Use attr_target='log_prob', which adds up over a unit's tokens.",
             )
         )
-
-
-def _has_tokens(prompt: Prompt) -> bool:
-    return prompt.feature_of_token is not None or isinstance(prompt.inp, TokenIdsInput)
 
 
 def _check_remote(task: RowTask) -> None:
@@ -144,6 +102,15 @@ def _check_remote(task: RowTask) -> None:
         )
 
 
+def check_loop(task: RowTask) -> None:
+    """Refuse, before it starts, what the loop could not do.
+
+    Raises:
+        ValueError: if rows are too long for the method.
+    """
+    check_longest_row(task.llm_attr, task.width - 1)
+
+
 def loop_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
     """Raw row of one generated unit.
 
@@ -154,66 +121,87 @@ def loop_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
     Returns:
         numpy.ndarray: attribution of the unit's log-probability to every unit before
         it, zero from the unit on. Shape ``(N,)``, float64.
-
-    Raises:
-        ValueError: if the base method gives NaN or an infinite value.
     """
     compute = _gradient_row if family(task.llm_attr) == "gradient" else _perturbed_row
     row = np.zeros(task.width)
     found = compute(task, step)
     row[: len(found)] = found
-    for place in np.flatnonzero(~np.isfinite(row)):
-        unit = (*task.sources.units, *task.steps.units)[place]
+    return row
+
+
+def checked_row(task: RowTask, step: int, row: Any) -> npt.NDArray[np.float64]:
+    """A raw row as it must be, from the loop or from an engine.
+
+    Raises:
+        ValueError: if it has another shape, NaN or an infinite value, or an entry for a
+            unit that does not stand before it.
+    """
+    found = np.asarray(row, dtype=np.float64)
+    text = task.steps.units[step].text
+    method = base_method(task.llm_attr)
+    if found.shape != (task.width,):
         raise ValueError(
             complaint(
-                base_method(task.llm_attr),
+                method,
+                f"must give rows of {task.width} numbers, one per unit",
+                f"shape {found.shape} came for the row of {text!r}",
+                "Correct the engine that was registered for it.",
+            )
+        )
+    units = (*task.sources.units, *task.steps.units)
+    for place in np.flatnonzero(~np.isfinite(found)):
+        raise ValueError(
+            complaint(
+                method,
                 "must give finite attributions",
-                f"{row[place]} came for unit {place}, {unit.text!r}, in the row of "
-                f"{task.steps.units[step].text!r}",
+                f"{found[place]} came for unit {place}, {units[place].text!r}, in the "
+                f"row of {text!r}",
                 "Look for NaN or infinite weights, or use a wider number type.",
             )
         )
-    return row
+    for place in np.flatnonzero(found[len(task.sources) + step :])[:1]:
+        late = len(task.sources) + step + int(place)
+        raise ValueError(
+            complaint(
+                method,
+                "must attribute a unit to units before it only",
+                f"{found[late]} came for unit {late}, {units[late].text!r}, in the row "
+                f"of {text!r}",
+                "Correct the engine that was registered for it.",
+            )
+        )
+    return found
 
 
 def _perturbed_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
     """Captum's sequence attribution of the unit to all units before it."""
     start, stop = task.range_of(step)
-    by_token = not task.prompt.takes_ids_alone
     remote = family(task.llm_attr) == "remote"
-    pieces = [(i, i + 1) for i in range(start, stop)] if by_token else [(start, stop)]
-    width = len(task.sources) + step
-    total = np.zeros(width)
+    pieces = [(i, i + 1) for i in range(start, stop)]
+    if not task.by_token:
+        pieces = [(start, stop)]
+    total = np.zeros(len(task.sources) + step)
     for first, last in pieces:
-        # Tokens of the unit itself that precede the piece are present and no feature.
-        groups = task.steps.groups[:first]
-        inp = PrefixedInput(
-            task.prompt,
-            task.sources.groups,
-            len(task.sources),
-            task.generated[:first],
-            np.where(groups < step, groups, FIXED),
-            task.baseline,
-            task.llm_attr.tokenizer,
-            as_text_before=task.generated[first:last] if remote else None,
+        scored = task.generated[first:last]
+        inp = task.prefixed_input(
+            first, step=step, as_text_before=scored if remote else None
         )
-        target = torch.tensor(task.generated[first:last])
-        total += _attributed(task, inp, target, token_by_token=by_token)
+        total += _attributed(
+            task, inp, torch.tensor(scored), token_by_token=task.by_token
+        )
     return total
 
 
 def _gradient_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
     """Sum of the unit's token rows, over the columns of each unit before it."""
     start, stop = task.range_of(step)
-    prompt = task.prompt
-    sources = _source_of_token(task)
-    groups = np.concatenate([sources, task.steps.groups + len(task.sources)])
+    groups = task.unit_of_token()
     width = len(task.sources) + step
     total = np.zeros(width)
-    ids = [*prompt.ids, *task.generated]
-    baselines = [*_baselines(prompt), *([task.baseline] * len(task.generated))]
+    ids = [*task.prompt.ids, *task.generated]
+    baselines = task.baseline_ids()
     for position in range(start, stop):
-        length = len(prompt.ids) + position
+        length = len(task.prompt.ids) + position
         attributed = groups[:length] >= 0
         inp = TokenIdsInput.unlabelled(
             ids[:length], task.llm_attr.tokenizer, attributed, baselines[:length]
@@ -224,20 +212,6 @@ def _gradient_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
         before = columns < width
         np.add.at(total, columns[before], scores[before])
     return total
-
-
-def _source_of_token(task: RowTask) -> npt.NDArray[np.int64]:
-    """Source unit of each token of the prompt, -1 for none."""
-    if task.prompt.feature_of_token is not None:
-        return task.sources.groups
-    feature: npt.NDArray[np.int64] = task.prompt.inp.feature_of_token
-    return np.where(feature >= 0, task.sources.groups[feature], FIXED)
-
-
-def _baselines(prompt: Prompt) -> list[int]:
-    if isinstance(prompt.inp, TokenIdsInput):
-        return [int(i) for i in prompt.inp.baseline_ids]
-    return [int(prompt.inp.baselines)] * len(prompt.ids)
 
 
 def _attributed(

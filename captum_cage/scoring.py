@@ -15,6 +15,7 @@ from torch import nn
 
 from captum_cage._captum import DEFAULT_GEN_ARGS, LLMAttributionObject, family
 from captum_cage._checks import complaint
+from captum_cage._model import text_config
 from captum_cage.inputs import (
     Prompt,
     extended_model_input,
@@ -90,11 +91,7 @@ def check_model(llm_attr: LLMAttributionObject) -> None:
 
 def context_length(model: Any) -> int | None:
     """Longest sequence of ids that the model takes; None if its config does not say."""
-    config = getattr(model, "config", None)
-    if config is None:
-        return None
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
+    config = text_config(model)
     for name in _LENGTHS:
         length = getattr(config, name, None)
         if isinstance(length, int) and length > 0:

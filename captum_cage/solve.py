@@ -27,6 +27,7 @@ __all__ = [
     "marginals",
     "solve_triangle",
     "throughput",
+    "truncated_marginals",
     "truncated_throughput",
 ]
 
@@ -245,6 +246,42 @@ def truncated_throughput(
         through += passing
         passing = backwards @ passing
     return through, passing
+
+
+def truncated_marginals(
+    to_sources: csr_array, to_generated: csr_array, k: int
+) -> NDArray[np.float64]:
+    """Mass of the paths with at most ``k`` passes, from each generated unit.
+
+    The first ``k + 1`` terms of the series ``X = sum_i L^i A``. From ``k = G - 1`` on
+    it is all of it.
+
+    Args:
+        to_sources: ``A``, shape ``(G, P)``.
+        to_generated: ``L``, shape ``(G, G)``, strictly lower triangular.
+        k: number of passes through generated units, 0 or more.
+
+    Returns:
+        ``X`` of the cut series, shape ``(G, P)``, float64.
+
+    Raises:
+        ValueError: if ``L`` is not square or has an entry on or above its diagonal.
+
+    Example:
+        >>> to_sources = csr_array(np.array([[0.5, 0.5], [0.0, 0.25]]))
+        >>> to_generated = csr_array(np.array([[0.0, 0.0], [0.75, 0.0]]))
+        >>> truncated_marginals(to_sources, to_generated, 0).tolist()
+        [[0.5, 0.5], [0.0, 0.25]]
+    """
+    lower = _strictly_lower(to_generated)
+    arriving: NDArray[np.float64] = to_sources.toarray()
+    total = arriving.copy()
+    for _ in range(k):
+        arriving = lower @ arriving
+        if not arriving.any():
+            break
+        total += arriving
+    return total
 
 
 def best_paths(

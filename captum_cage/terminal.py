@@ -320,6 +320,8 @@ class TerminalView:
         direct, mass = (view.shares[0].sum() for view in self._views)
         leak = _percent(result.leaked / self._total, signed, digits=1)
         unresolved = _percent(result.unresolved / self._total, digits=1)
+        if result.unresolved > 0 and not float(unresolved[:-1]):
+            unresolved = "<0.1%"
         explained = len(result.explained)
         units = result.meta.get("units", "own")
         how = [
@@ -336,6 +338,9 @@ class TerminalView:
             _percent(part, signed, digits=1) for part in (mass, direct, mass - direct)
         ]
         why = " (rows without mass)" if float(leak[:-1]) else ""
+        rows = result.rows_computed
+        if rows < graph.n_generated:
+            unresolved += f" (rows computed: {rows} of {graph.n_generated})"
         facts = Text(f"Mass {parts[0]}", "bold")
         facts.append(
             f": {parts[1]} directly, {parts[2]} through generated text. "

@@ -186,7 +186,7 @@ def test_absent_generated_tokens_are_replaced_by_the_chosen_token(
     llm_attr = LLMAttribution(FeatureAblation(model), tokenizer)
     cage = GraphContextAttribution(llm_attr, generated_baseline=baseline)
     inp = TextTokenInput("Ana", tokenizer, baselines=5)
-    cage.attribute(inp, tokenizer.encode(" has 3"))
+    cage.attribute(inp, tokenizer.encode(" has 3"), strategy="loop")
     expected = {"auto": 5, "<eos>": 1}.get(baseline, baseline)
     whole = tokenizer.encode("Ana has 3")
     assert [whole[0], expected, whole[2]] in seen
@@ -206,7 +206,9 @@ def test_auto_takes_the_unknown_token_where_the_input_has_no_baseline(
 
     monkeypatch.setattr(type(model), "forward", record)
     cage = GraphContextAttribution(LLMAttribution(FeatureAblation(model), tokenizer))
-    cage.attribute(TextTemplateInput("{} ", ["Ana"]), tokenizer.encode("has 3"))
+    cage.attribute(
+        TextTemplateInput("{} ", ["Ana"]), tokenizer.encode("has 3"), strategy="loop"
+    )
     prompt = tokenizer.encode("Ana ")
     assert [*prompt, tokenizer.unk_token_id, *tokenizer.encode("has 3")[1:]] in seen
 
@@ -323,13 +325,13 @@ def test_an_interrupted_call_goes_on_where_it_stopped(
     llm_attr = LLMAttribution(interrupted(fresh_model), tokenizer)
     cage = GraphContextAttribution(llm_attr)
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
-        cage.attribute(inp, TARGET)
+        cage.attribute(inp, TARGET, strategy="loop")
     assert "stopped after 3 of" in caplog.text
-    result = cage.attribute(inp, TARGET)
+    result = cage.attribute(inp, TARGET, strategy="loop")
     assert interrupted.calls == result.graph.n_generated + 1
     whole = GraphContextAttribution(
         LLMAttribution(FeatureAblation(fresh_model), tokenizer)
-    ).attribute(inp, TARGET)
+    ).attribute(inp, TARGET, strategy="loop")
     assert (result.graph.rows == whole.graph.rows).all()
 
 
@@ -377,9 +379,9 @@ def test_two_threads_with_one_model_do_not_mix(model, tokenizer, inp):
 
 def test_progress_is_shown_on_request_only(cage, inp, capsys):
     """On stderr, a row at a time."""
-    cage.attribute(inp, TARGET, units="sentence")
+    cage.attribute(inp, TARGET, units="sentence", strategy="loop")
     assert capsys.readouterr().err == ""
-    cage.attribute(inp, TARGET, units="sentence", show_progress=True)
+    cage.attribute(inp, TARGET, units="sentence", show_progress=True, strategy="loop")
     captured = capsys.readouterr()
     assert "2/2" in captured.err
     assert captured.out == ""

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import math
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -533,6 +534,8 @@ def test_a_graph_is_frozen():
         graph.rows,
         graph.sources,
         graph.leak,
+        graph.kept,
+        graph.left_out,
         graph.source_units,
         graph.generated_units,
         graph.matrix.data,
@@ -699,6 +702,7 @@ QUESTIONS = {
     "explain": lambda graph, weights: graph.explain(weights),
     "throughput": lambda graph, weights: graph.throughput(weights),
     "leaked": lambda graph, weights: graph.leaked(weights),
+    "unresolved": lambda graph, weights: graph.unresolved(weights, hops=1),
     "hops": lambda graph, weights: graph.hops(weights, 1),
     "best_paths": lambda graph, weights: graph.best_paths(weights, None, 1),
 }
@@ -753,6 +757,9 @@ def test_negative_weights_are_for_signed_graphs():
         (lambda g: g.hops([1, 1], 1.5), TypeError, r"k: must be a whole.*float 1\.5"),
         (lambda g: g.hops([1, 1], True), TypeError, r"k: must be a whole number"),
         (lambda g: g.leaked([1, 1], hops=-1), ValueError, r"hops: must be 0 or more"),
+        (lambda g: g.marginals(hops=-1), ValueError, r"hops: must be 0 or more"),
+        (lambda g: g.throughput([1, 1], hops=1.0), TypeError, r"hops: must be a whole"),
+        (lambda g: g.unresolved([1, 1], hops=-1), ValueError, r"hops: must be 0 or"),
         (lambda g: g.best_paths([1, 1], 0, -1), ValueError, r"k: must be 0 or more"),
         (
             lambda g: g.best_paths([1, 1], 2, 1),
@@ -824,3 +831,420 @@ def test_sums_beyond_the_float_range_are_refused(make):
     graph = AttributionGraph.from_rows(rows, 2)
     with pytest.raises(ValueError, match=r"coarsen: .*too large.*Divide all rows by"):
         graph.coarsen([[0, 1], [2]])
+
+
+# --- approximations ------------------------------------------------------------------
+
+
+def masses(row, normalization):
+    """Mass of each entry of a raw row."""
+    return [
+        max(entry, 0.0) if normalization == "positive" else abs(entry) for entry in row
+    ]
+
+
+@st.composite
+def thinned_graphs(draw):
+    """A complete graph, one that lacks entries and rows of it, weights and hops."""
+    rows, sources, normalization = draw(raw_graphs())
+    thin = np.where(draw(arrays(np.bool_, rows.shape)), rows, 0.0)
+    kept = np.ones(len(rows))
+    for row, complete in enumerate(rows):
+        total = math.fsum(masses(complete, normalization))
+        if draw(st.booleans()):
+            thin[row] = complete
+        elif total > 0:
+            kept[row] = math.fsum(masses(thin[row], normalization)) / total
+        elif draw(st.booleans()):
+            kept[row] = 0.0
+        if kept[row] == 0.0:
+            thin[row] = 0.0
+    complete = AttributionGraph.from_rows(rows, sources, normalization)
+    graph = AttributionGraph.from_rows(thin, sources, normalization, kept=kept)
+    lowest = -1.0 if normalization == "signed" else 0.0
+    weight = st.just(0.0) | st.floats(lowest, 1, allow_subnormal=False)
+    weights = draw(arrays(np.float64, len(rows), elements=weight))
+    return complete, graph, weights, draw(st.none() | st.integers(0, 8))
+
+
+def answer(graph, weights, hops):
+    """What a graph says, cut or not."""
+    return graph.explain(weights) if hops is None else graph.hops(weights, hops).attr
+
+
+@settings(deadline=None)
+@given(thinned_graphs())
+def test_a_row_sums_to_what_it_kept(graphs):
+    """Shares are those of the complete row; sum, leak and what is left out make one."""
+    complete, graph, _, _ = graphs
+    expected = complete.matrix.toarray()
+    found = graph.matrix.toarray()
+    assert_allclose(found[found != 0], expected[found != 0], rtol=1e-9, atol=EXACT)
+    total = np.abs(found).sum(axis=1)[~graph.sources]
+    assert_allclose(total + graph.leak + graph.left_out, 1.0, rtol=0, atol=EXACT)
+    assert_array_equal(graph.left_out, 1.0 - graph.kept)
+    assert set(graph.leak.tolist()) <= {0.0, 1.0}
+    assert not graph.leak[graph.kept == 0].any()
+
+
+@settings(deadline=None, max_examples=300)
+@given(thinned_graphs())
+def test_unresolved_certifies_the_answer_of_the_complete_graph(graphs):
+    """Each true score is at least the found one, and all of them exceed it by little.
+
+    In a signed graph, the differences are small in absolute value.
+    """
+    complete, graph, weights, hops = graphs
+    error = complete.explain(weights) - answer(graph, weights, hops)
+    unresolved = graph.unresolved(weights, hops=hops)
+    assert unresolved >= 0
+    assert np.abs(error).sum() <= unresolved + EXACT
+    if graph.normalization != "signed":
+        assert (error >= -EXACT).all()
+
+
+@settings(deadline=None)
+@given(thinned_graphs())
+def test_mass_is_conserved_by_an_approximation(graphs):
+    """What reaches sources, what leaks and what is unresolved is what was put in."""
+    _, graph, weights, hops = graphs
+    assume(graph.normalization != "signed")
+    total = answer(graph, weights, hops).sum() + graph.leaked(weights, hops=hops)
+    total += graph.unresolved(weights, hops=hops)
+    assert total == pytest.approx(weights.sum(), abs=EXACT)
+
+
+@settings(deadline=None)
+@given(thinned_graphs())
+def test_unresolved_is_the_left_out_mass_of_paths(graphs):
+    """Per unit: the mass of all path heads that end there, times what its row lacks."""
+    _, graph, weights, hops = graphs
+    lower = graph.matrix.toarray()[np.ix_(~graph.sources, ~graph.sources)]
+    last = graph.n_generated if hops is None else hops
+    powers = [np.linalg.matrix_power(lower.T, i) @ weights for i in range(last + 2)]
+    through = np.sum(powers[: last + 1], axis=0)
+    assert_allclose(graph.throughput(weights, hops=hops), through, rtol=0, atol=EXACT)
+    expected = np.abs(through) @ graph.left_out + np.abs(powers[last + 1]).sum()
+    found = graph.unresolved(weights, hops=hops)
+    assert found == pytest.approx(expected, abs=EXACT)
+    if hops is not None:
+        assert graph.hops(weights, hops).unresolved == found
+
+
+@settings(deadline=None)
+@given(thinned_graphs(), st.integers(0, 8))
+def test_cut_marginals_are_the_hops_of_each_row(graphs, hops):
+    """Row ``t`` of the cut series is the cut answer for unit ``t`` alone."""
+    _, graph, _, _ = graphs
+    found = graph.marginals(hops=hops)
+    assert found.shape == (graph.n_generated, graph.n_sources)
+    for row, weights in zip(found, np.eye(graph.n_generated), strict=True):
+        expected = graph.hops(weights, hops).attr
+        assert_allclose(row, expected, rtol=0, atol=EXACT)
+
+
+def test_a_complete_graph_leaves_nothing_open():
+    """Without a word about it every row is complete, and unresolved is exactly 0."""
+    graph = AttributionGraph.from_rows([[1, 1, 0, 0], [0, -1, 0, 0]], 2)
+    assert graph.kept.tolist() == [1.0, 1.0]
+    assert graph.left_out.tolist() == [0.0, 0.0]
+    assert graph.leak.tolist() == [0.0, 1.0]
+    assert graph.unresolved([1, 1]) == 0.0
+
+
+def test_a_row_that_was_not_computed_does_not_leak():
+    """Its mass may go anywhere: it is left out."""
+    graph = AttributionGraph(
+        np.array([[0, 0, 0], [1.0, 3, 0]]), [True, False, False], "positive", [0, 1]
+    )
+    assert graph.leak.tolist() == [0.0, 0.0]
+    assert graph.left_out.tolist() == [1.0, 0.0]
+    assert graph.explain([0, 1]).tolist() == [0.25]
+    assert (graph.leaked([0, 1]), graph.unresolved([0, 1])) == (0.0, 0.75)
+
+
+@st.composite
+def whole_graphs(draw):
+    """Raw graphs of whole numbers, and a dyadic share: sums of them are exact."""
+    entries = st.integers(-5, 5).map(float)
+    return draw(raw_graphs(entries=entries)), draw(st.integers(1, 16)) / 16
+
+
+@settings(deadline=None)
+@given(whole_graphs(), st.booleans())
+def test_sparsified_keeps_the_heaviest_entries_of_each_row(graph_and_share, sparse):
+    """Take entries by falling mass, then by unit, until the share is held."""
+    (rows, sources, normalization), share = graph_and_share
+    given_rows = sp.csr_array(rows) if sparse else rows
+    found = AttributionGraph.from_rows(given_rows, sources, normalization).sparsified(
+        share
+    )
+    assert isinstance(found.rows, sp.csr_array)
+    for number, row in enumerate(rows):
+        mass = masses(row, normalization)
+        expected = np.zeros(len(row))
+        held = 0.0
+        for unit in sorted(range(len(row)), key=lambda unit: (-mass[unit], unit)):
+            if mass[unit] > 0 and held < share * sum(mass):
+                expected[unit] = row[unit]
+                held += mass[unit]
+        assert_array_equal(found.rows.toarray()[number], expected)
+        kept = held / sum(mass) if sum(mass) else 1.0
+        assert found.kept[number] == pytest.approx(kept, abs=EXACT)
+
+
+@settings(deadline=None)
+@given(weighted_graphs(), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_sparsified_graphs_certify_the_graph_they_come_from(given_graph, first, second):
+    """Once or twice: what was dropped is counted, never shared out to the others."""
+    graph, weights = given_graph
+    once = graph.sparsified(first)
+    for cut in (once, once.sparsified(second)):
+        error = graph.explain(weights) - cut.explain(weights)
+        assert np.abs(error).sum() <= cut.unresolved(weights) + EXACT
+        if graph.normalization != "signed":
+            assert (error >= -EXACT).all()
+            total = cut.explain(weights).sum() + cut.leaked(weights)
+            total += cut.unresolved(weights)
+            assert total == pytest.approx(weights.sum(), abs=EXACT)
+
+
+@settings(deadline=None)
+@given(raw_graphs(entries=ANY_FLOAT, max_units=5))
+def test_sparsified_by_share_one_is_the_same_graph(raw):
+    """Every entry with a share stays, however small; the others are dropped."""
+    rows, sources, _ = raw
+    graph = AttributionGraph.from_rows(*raw)
+    whole = graph.sparsified(1)
+    assert_array_equal(whole.matrix.toarray(), graph.matrix.toarray())
+    assert_array_equal(whole.kept, graph.kept)
+    assert_array_equal(whole.leak, graph.leak)
+    expected = np.where(graph.matrix.toarray()[~sources] != 0, rows, 0.0)
+    assert_array_equal(whole.rows.toarray(), expected)
+
+
+@settings(deadline=None)
+@given(raw_graphs(), st.none() | st.floats(0.01, 1))
+def test_rows_may_come_one_at_a_time(raw, share):
+    """An iterator of rows gives the graph of the array, cut as it comes or not."""
+    rows, sources, normalization = raw
+    whole = AttributionGraph.from_rows(*raw, sparsify=share)
+    lazy = AttributionGraph.from_rows(
+        (row.tolist() for row in rows), sources, normalization, sparsify=share
+    )
+    assert isinstance(lazy.rows, sp.csr_array)
+    assert_array_equal(lazy.matrix.toarray(), whole.matrix.toarray())
+    assert_array_equal(lazy.kept, whole.kept)
+    assert_array_equal(lazy.leak, whole.leak)
+    whole_rows = whole.rows if share is None else whole.rows.toarray()
+    assert_array_equal(lazy.rows.toarray(), whole_rows)
+
+
+@pytest.mark.parametrize("wrap", [iter, list, tuple])
+def test_none_is_a_row_that_was_not_computed(wrap):
+    """Among the rows of an iterator, a list or a tuple."""
+    rows = wrap([None, [0, 1, 3, 0, 0], None])
+    graph = AttributionGraph.from_rows(rows, 2)
+    assert graph.kept.tolist() == [0.0, 1.0, 0.0]
+    assert graph.rows.toarray().tolist() == [[0] * 5, [0, 1, 3, 0, 0], [0] * 5]
+
+
+@pytest.mark.parametrize("sources", [2, [True, False, True, False]])
+def test_all_rows_may_be_missing(sources):
+    """The sources and the number of rows say how many units there are."""
+    graph = AttributionGraph.from_rows([None, None], sources)
+    assert (graph.n_units, graph.n_sources) == (4, 2)
+    assert graph.unresolved([1, 2]) == 3.0
+
+
+def test_an_empty_iterator_is_a_graph_without_rows():
+    """As an array of shape (0, P) is."""
+    graph = AttributionGraph.from_rows(iter([]), 3)
+    assert (graph.n_generated, graph.n_sources) == (0, 3)
+
+
+def test_an_iterator_s_rows_are_checked_before_they_are_cut():
+    """A late entry is an error even where the cut would drop it."""
+    with pytest.raises(
+        ValueError, match=r"causal.*row 1 \(unit 3\) has 0\.1 at unit 3"
+    ):
+        AttributionGraph.from_rows(
+            iter([[1, 0, 0, 0], [9, 0, 0, 0.1]]),
+            [True, False, True, False],
+            sparsify=0.5,
+        )
+
+
+def test_what_rows_kept_and_what_they_keep_multiply():
+    """``kept`` of rows that were cut before, and ``sparsify`` now."""
+    rows = [[3, 1, 0, 0], [0, 0, 0, 0]]
+    for form in (rows, iter(rows)):
+        graph = AttributionGraph.from_rows(form, 2, kept=[0.5, 0], sparsify=0.7)
+        assert graph.kept.tolist() == [0.375, 0.0]
+        assert graph.matrix.toarray()[2:].tolist() == [[0.375, 0, 0, 0], [0] * 4]
+    graph = AttributionGraph.from_rows([rows[0], None], 2, kept=[0.5, 0])
+    assert graph.left_out.tolist() == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("make", [np.array, sp.csr_array])
+def test_an_approximation_is_copied_and_pickled_with_what_it_kept(make):
+    """The four fields that are given make the same graph again."""
+    rows = make(np.array([[1.0, 2.0, 0, 0], [0.0, 0.0, 0.0, 0]]))
+    graph = AttributionGraph.from_rows(rows, 2, kept=[0.25, 0])
+    again = AttributionGraph(graph.rows, graph.sources, "positive", graph.kept)
+    for other in (again, pickle.loads(pickle.dumps(graph)), dataclasses.replace(graph)):
+        assert_array_equal(other.matrix.toarray(), graph.matrix.toarray())
+        assert other.kept.tolist() == [0.25, 0.0]
+        assert not other.kept.flags.writeable
+
+
+def test_repr_of_an_approximation_says_how_much_is_left_out():
+    """The sum over the rows, in rows."""
+    graph = AttributionGraph.from_rows(ROWS, 2).sparsified(0.5)
+    assert repr(graph) == (
+        "AttributionGraph(n_sources=2, n_generated=2, normalization='positive', "
+        "left_out=0.75)"
+    )
+
+
+def test_coarsen_takes_complete_rows_only():
+    """What was dropped of the raw rows cannot be grouped any more."""
+    graph = AttributionGraph.from_rows(ROWS, 2)
+    assert graph.sparsified(1).coarsen([0, 0, 1, 2]).n_units == 3
+    message = (
+        r"coarsen: every row must be complete.*row 1 \(unit 3\) lacks 0\.25.*sparsify"
+    )
+    partial = AttributionGraph.from_rows(ROWS, 2, kept=[1, 0.75])
+    with pytest.raises(ValueError, match=message):
+        partial.coarsen([0, 0, 1, 2])
+
+
+NO_ROW = np.array([[0.0] * 4, [0.0, -1.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize(
+    ("rows", "kept", "error", "message"),
+    [
+        (ROWS, [1], ValueError, r"kept: must have shape \(2,\), but shape \(1,\) came"),
+        (
+            ROWS,
+            [1, 1.5],
+            ValueError,
+            r"kept: .*at most 1, but 1\.5 came at gen.* unit 1",
+        ),
+        (
+            ROWS,
+            [-0.5, 1],
+            ValueError,
+            r"kept: .*at least 0.*-0\.5 came at gen.* unit 0",
+        ),
+        (ROWS, [np.nan, 1], ValueError, r"kept: every entry must be finite, but nan"),
+        (ROWS, ["x", 1], TypeError, r"kept: must be real numbers"),
+        (
+            ROWS,
+            [1, 0],
+            ValueError,
+            r"no entries, but row 1 \(unit 3\) has 2\. Pass the",
+        ),
+        (
+            NO_ROW,
+            [0.5, 1],
+            ValueError,
+            r"must have mass, but row 0 \(unit 2\) has none",
+        ),
+        (
+            NO_ROW,
+            [0, 0.5],
+            ValueError,
+            r"must have mass, but row 1 \(unit 3\) has none",
+        ),
+        (
+            [None, [1, 0, 0, 0]],
+            [1, 1],
+            ValueError,
+            r"row that is None, but 1\.0 came at",
+        ),
+        (
+            iter([[1, 0], [1, 0, 0]]),
+            None,
+            ValueError,
+            r"rows\[1\]: must have shape \(2,",
+        ),
+        (
+            iter([ROWS]),
+            None,
+            ValueError,
+            r"rows\[0\]: must have shape \(8,\).*\(2, 4\)",
+        ),
+        (iter([["a"]]), None, TypeError, r"rows\[0\]: must be real numbers"),
+        (
+            iter([[1, 0, 0, 0], [np.nan, 0, 0, 0]]),
+            None,
+            ValueError,
+            r"rows: .*finite, but row 1 \(unit 3\) has a NaN at unit 0\. ",
+        ),
+        (
+            iter(ROWS[:, :3]),
+            None,
+            ValueError,
+            r"sources: the 2 rows of 3 columns leave",
+        ),
+    ],
+)
+def test_rows_and_what_they_kept_must_fit(rows, kept, error, message):
+    """Errors name the row, what came and what to pass."""
+    with pytest.raises(error, match=message):
+        AttributionGraph.from_rows(rows, 2, kept=kept)
+
+
+@pytest.mark.parametrize(
+    ("share", "error"),
+    [
+        (0, ValueError),
+        (1.5, ValueError),
+        (np.nan, ValueError),
+        ("x", TypeError),
+        (True, TypeError),
+    ],
+)
+def test_a_share_to_keep_is_above_zero_and_at_most_one(share, error):
+    """In words that name the argument, before any row is taken."""
+    with pytest.raises(error, match=r"share: must be above 0 and at most 1, but .*99%"):
+        AttributionGraph.from_rows(ROWS, 2).sparsified(share)
+    untouched = iter(ROWS)
+    with pytest.raises(error, match=r"sparsify: must be above 0 and at most 1, but"):
+        AttributionGraph.from_rows(untouched, 2, sparsify=share)
+    assert len(list(untouched)) == 2
+
+
+@pytest.mark.parametrize("sources", [-1, "x", [0, 1]])
+def test_sources_are_checked_for_an_iterator_too(sources):
+    """A negative number and what is no mask."""
+    with pytest.raises((TypeError, ValueError), match=r"sources: must be"):
+        AttributionGraph.from_rows(iter(ROWS), sources)
+
+
+def test_a_long_graph_never_needs_a_dense_array():
+    """20,000 generated units in far less memory than their dense rows (3.2 GB)."""
+    n_sources, n_generated = 100, 20_000
+    weight = 0.9 ** np.arange(300)[::-1]
+
+    def rows():
+        for own in range(n_sources, n_sources + n_generated):
+            row = np.zeros(n_sources + n_generated)
+            row[max(own - 300, 0) : own] = weight[-min(own, 300) :]
+            row[own % n_sources] += 2.0
+            yield row
+
+    tracemalloc.start()
+    graph = AttributionGraph.from_rows(rows(), n_sources, sparsify=0.95)
+    weights = np.zeros(n_generated)
+    weights[-20:] = 1.0
+    attr, unresolved = graph.explain(weights), graph.unresolved(weights)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 200e6
+    assert graph.rows.nnz < 30 * n_generated
+    assert (graph.kept >= 0.95).all()
+    assert 0 < unresolved < 20
+    assert attr.sum() + unresolved == pytest.approx(20.0)

@@ -9,6 +9,7 @@ import zipfile
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import scipy.sparse as sp
 import torch
 from captum.attr import (
     FeatureAblation,
@@ -294,11 +295,11 @@ def test_a_file_that_is_no_result_is_refused(by_hand, tmp_path, content, capsys)
     assert "unpickled" not in capsys.readouterr().out
 
 
-def save_with(result, path, header):
-    """Save a result with another header."""
+def save_with(result, path, header, without=()):
+    """Save a result with another header, and without some arrays."""
     result.save(path)
     with np.load(path) as archive:
-        arrays = dict(archive)
+        arrays = {name: archive[name] for name in archive if name not in without}
     arrays["header"] = np.frombuffer(json.dumps(header).encode(), dtype=np.uint8)
     with path.open("wb") as file:
         np.savez(file, **arrays)
@@ -308,11 +309,156 @@ def test_a_result_of_another_format_version_is_refused(by_hand, tmp_path):
     """By its number."""
     path = tmp_path / "file"
     save_with(by_hand, path, {**by_hand._header(), "version": 99})
-    with pytest.raises(ValueError, match="format version 1, but version 99 came"):
+    with pytest.raises(ValueError, match="version 1 or 2, but version 99 came"):
         GraphAttributionResult.load(path)
 
 
-@pytest.mark.parametrize("field", ["explained", "normalization", "units", "breaks"])
+def approximation(rows, kept=None, explained=(2,), **more):
+    """Two facts, two steps and an answer, with rows that may be missing."""
+    texts = ["Ana has 3.", "Mia has 1.", "So 4.", "Or 5.", "It is 4."]
+    graph = AttributionGraph.from_rows(
+        rows, 2, more.pop("normalization", "positive"), kept=kept
+    )
+    return GraphAttributionResult(
+        graph,
+        [Unit(text, i > 1, None) for i, text in enumerate(texts)],
+        explained,
+        source_text="",
+        generated_text="",
+        **more,
+    )
+
+
+# The first step's row was not computed; half of the second's mass was dropped.
+PARTIAL = [[0, 0, 0, 0, 0], [0, 0, 1, 0, 0], [1, 0, 1, 2, 0]]
+KEPT = [0.0, 0.5, 1.0]
+
+
+def test_what_is_left_out_is_told():
+    """Half of the answer's mass meets the second step, a quarter the first directly."""
+    result = approximation(PARTIAL, KEPT)
+    assert result.seq_attr.tolist() == [0.25, 0.0]
+    # The first step gets a quarter directly and a quarter through the second.
+    assert result.step_attr.tolist() == [0.5, 0.5, 1.0]
+    assert result.unresolved == 0.5 + 0.5 * 0.5
+    assert result.rows_computed == 2
+    assert repr(result).endswith("leaked=0, unresolved=0.75)")
+
+
+@pytest.mark.parametrize("hops", [None, 0, 1, 2, 9])
+@pytest.mark.parametrize("kept", [None, KEPT])
+def test_every_score_obeys_the_same_hops(hops, kept):
+    """Scores, steps, leak and marginals are those of the cut series; mass is kept."""
+    rows = PARTIAL if kept else [[0, -1, 0, 0, 0], *PARTIAL[1:]]
+    result = approximation(rows, kept, (1, 2), hops=hops)
+    graph = result.graph
+    assert result.hops == hops
+    to_sources, to_generated = (block.toarray() for block in graph.blocks())
+    powers = [
+        np.linalg.matrix_power(to_generated, i)
+        for i in range(3 if hops is None else hops + 1)
+    ]
+    marginals = sum(power @ to_sources for power in powers)
+    through = sum(result.weights @ power for power in powers)
+    assert result.token_attr.numpy() == pytest.approx(marginals)
+    assert result.seq_attr.numpy() == pytest.approx(result.weights @ marginals)
+    assert result.step_attr.numpy() == pytest.approx(through)
+    assert result.leaked == pytest.approx(float(through @ graph.leak))
+    total = float(result.seq_attr.sum()) + result.leaked + result.unresolved
+    assert total == pytest.approx(2.0)
+    assert result.unresolved == graph.unresolved(result.weights, hops=hops)
+    assert result.direct.seq_attr.numpy() == pytest.approx(result.weights @ to_sources)
+
+
+def test_another_span_has_its_own_unresolved_mass():
+    """The hops stay; rows that were not needed before are missing now."""
+    result = approximation(PARTIAL, [0, 1, 1], explained=(1,), hops=0)
+    assert result.unresolved == 1.0
+    again = result.explaining(0)
+    assert (again.hops, again.rows_computed) == (0, 2)
+    assert (again.unresolved, again.seq_attr.tolist()) == (1.0, [0.0, 0.0])
+    whole = approximation(PARTIAL, [0, 1, 1], explained=(1,))
+    assert whole.explaining(2).unresolved == 0.75
+
+
+def test_a_complete_result_leaves_nothing_open(result):
+    """All rows were computed, and the short form is silent about it."""
+    assert result.unresolved == 0.0
+    assert result.rows_computed == result.graph.n_generated
+    assert result.hops is None
+    assert "unresolved" not in repr(result)
+
+
+@pytest.mark.parametrize(
+    ("hops", "error"), [(-1, ValueError), (1.5, TypeError), (True, TypeError)]
+)
+def test_hops_are_a_number_of_passes(hops, error):
+    """Refused when the result is made."""
+    with pytest.raises(error, match=r"hops: must be"):
+        approximation(PARTIAL, KEPT, hops=hops)
+
+
+@pytest.mark.parametrize("make", [np.array, sp.csr_array])
+@pytest.mark.parametrize("hops", [None, 1])
+def test_an_approximation_loads_as_it_was(make, hops, tmp_path):
+    """What rows kept, hops, and sparse rows as sparse rows."""
+    result = approximation(make(np.array(PARTIAL, dtype=float)), KEPT, hops=hops)
+    result.save(tmp_path / "file")
+    loaded = GraphAttributionResult.load(tmp_path / "file")
+    assert sp.issparse(loaded.graph.rows) == sp.issparse(result.graph.rows)
+    assert loaded.to_dict() == result.to_dict()
+    assert loaded.graph.kept.tolist() == KEPT
+    assert (loaded.hops, loaded.unresolved) == (hops, result.unresolved)
+
+
+def test_sparse_rows_are_never_made_dense_by_loading(tmp_path, monkeypatch):
+    """A long result stays small."""
+    result = approximation(sp.csr_array(np.array(PARTIAL, dtype=float)), KEPT)
+    result.save(tmp_path / "file")
+
+    original = sp.csr_array.toarray
+
+    def dense(self, *args, **kwargs):
+        assert self.shape != result.graph.rows.shape, "the rows were made dense"
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(sp.csr_array, "toarray", dense)
+    loaded = GraphAttributionResult.load(tmp_path / "file")
+    assert loaded.unresolved == result.unresolved
+
+
+def test_a_file_of_version_1_loads(by_hand, tmp_path):
+    """It has neither hops nor what rows kept: all rows are complete."""
+    path = tmp_path / "file"
+    header = {**by_hand._header(), "version": 1}
+    del header["hops"]
+    save_with(by_hand, path, header, without=("kept", "rows_sparse"))
+    loaded = GraphAttributionResult.load(path)
+    assert loaded.to_dict() == by_hand.to_dict()
+    assert isinstance(loaded.graph.rows, np.ndarray)
+    assert (loaded.hops, loaded.unresolved) == (None, 0.0)
+
+
+@pytest.mark.parametrize("missing", ["kept", "rows_sparse", "sources", "rows_data"])
+def test_a_file_that_lacks_an_array_is_refused(by_hand, tmp_path, missing):
+    """Version 2 has all of them."""
+    save_with(by_hand, tmp_path / "file", by_hand._header(), without=(missing,))
+    with pytest.raises(ValueError, match="must be a result saved by"):
+        GraphAttributionResult.load(tmp_path / "file")
+
+
+def test_the_dictionary_tells_what_is_left_out(by_hand):
+    """Null where every row is complete."""
+    told = approximation(PARTIAL, KEPT, hops=1).to_dict()
+    assert (told["hops"], told["kept"], told["rows_computed"]) == (1, KEPT, 2)
+    assert told["unresolved"] == 0.75
+    told = by_hand.to_dict()
+    assert (told["hops"], told["kept"], told["rows_computed"]) == (None, None, 2)
+
+
+@pytest.mark.parametrize(
+    "field", ["explained", "normalization", "units", "breaks", "hops"]
+)
 def test_a_damaged_header_is_refused(by_hand, tmp_path, field):
     """With the same error as any file that is no result."""
     path = tmp_path / "file"

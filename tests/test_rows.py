@@ -149,7 +149,7 @@ def test_each_row_is_of_exactly_the_prompt_s_and_generated_ids(
     prompt = tokenizer.encode(given) if isinstance(given, str) else given[0].tolist()
 
     cage = wrapped(FeatureAblation, model, tokenizer)
-    result = cage.attribute(inp, target, units=units)
+    result = cage.attribute(inp, target, units=units, strategy="loop")
 
     whole = prompt + target
     ends = range(1, len(target) + 1)
@@ -169,7 +169,7 @@ def test_perturbed_ids_differ_in_one_unit_alone(model, tokenizer, recorded, kind
     prompt = inp.to_model_input()[0].tolist()
     whole = prompt + target
     cage = wrapped(FeatureAblation, model, tokenizer)
-    result = cage.attribute(inp, target, units="sentence")
+    result = cage.attribute(inp, target, units="sentence", strategy="loop")
     changed = set()
     for ids in recorded:
         assert len(ids) <= len(whole)
@@ -227,7 +227,7 @@ def test_every_method_gives_causal_rows_on_every_architecture(arch, method):
     cage = wrapped(method, model, tokenizer)
     target = tokenizer.encode(TARGET)[:5]
     rows = cage.attribute(
-        TextTokenInput("Ana has", tokenizer), target, **kwargs
+        TextTokenInput("Ana has", tokenizer), target, **kwargs, strategy="loop"
     ).graph.rows
     for t in range(len(target)):
         assert (rows[t, 2 + t :] == 0).all()
@@ -241,7 +241,7 @@ def test_exact_shapley_values_are_efficient(model, tokenizer):
     cage = wrapped(ShapleyValues, model, tokenizer)
     inp = TextTokenInput("Ana has", tokenizer)
     target = tokenizer.encode(" 3 pens")
-    rows = cage.attribute(inp, target).graph.rows
+    rows = cage.attribute(inp, target, strategy="loop").graph.rows
     for t, number in enumerate(target):
         scores = []
         for ids in (inp.inp_tensor[0].tolist() + target[:t], [0] * (2 + t)):
@@ -261,7 +261,9 @@ def test_ablation_s_prompt_columns_are_captum_s_own(model, tokenizer, attr_targe
     )
     theirs = llm_attr.attribute(inp, target, use_cached_outputs=False).token_attr
     cage = GraphContextAttribution(llm_attr)
-    ours = cage.attribute(inp, target, forward_in_tokens=True).graph.rows
+    ours = cage.attribute(
+        inp, target, forward_in_tokens=True, strategy="loop"
+    ).graph.rows
     assert (ours[:, : inp.n_itp_features] == theirs.double().numpy()).all()
 
 
@@ -272,7 +274,11 @@ def test_gradient_x_activation_s_prompt_columns_are_captum_s_own(model, tokenize
     method = LayerGradientXActivation(model, model.get_input_embeddings())
     llm_attr = LLMGradientAttribution(method, tokenizer)
     theirs = llm_attr.attribute(inp, target).token_attr
-    ours = GraphContextAttribution(llm_attr).attribute(inp, target).graph.rows
+    ours = (
+        GraphContextAttribution(llm_attr)
+        .attribute(inp, target, strategy="loop")
+        .graph.rows
+    )
     assert (ours[:, : inp.n_itp_features] == theirs.double().numpy()).all()
 
 
@@ -284,7 +290,9 @@ def test_integrated_gradients_first_row_is_captum_s_own(model, tokenizer):
     llm_attr = LLMGradientAttribution(method, tokenizer)
     theirs = llm_attr.attribute(inp, target, n_steps=4).token_attr
     ours = (
-        GraphContextAttribution(llm_attr).attribute(inp, target, n_steps=4).graph.rows
+        GraphContextAttribution(llm_attr)
+        .attribute(inp, target, n_steps=4, strategy="loop")
+        .graph.rows
     )
     assert (ours[0, : inp.n_itp_features] == theirs[0].double().numpy()).all()
 
@@ -296,7 +304,7 @@ def test_integrated_gradients_are_complete_with_the_prefix_on_the_path(tokenizer
     target = tokenizer.encode(" pens. The")
     method = LayerIntegratedGradients(model, model.get_input_embeddings())
     cage = GraphContextAttribution(LLMGradientAttribution(method, tokenizer))
-    rows = cage.attribute(inp, target, n_steps=200).graph.rows
+    rows = cage.attribute(inp, target, n_steps=200, strategy="loop").graph.rows
     for t, number in enumerate(target):
         scores = []
         present = inp.inp_tensor[0].tolist() + target[:t]
@@ -312,7 +320,7 @@ def test_a_coarse_perturbation_row_is_captum_s_sequence_attribution(model, token
     target = tokenizer.encode(TARGET)
     cage = wrapped(FeatureAblation, model, tokenizer)
     inp = TextTokenInput(PROMPT, tokenizer)
-    rows = cage.attribute(inp, target, units="sentence").graph.rows
+    rows = cage.attribute(inp, target, units="sentence", strategy="loop").graph.rows
     prompt = inp.inp_tensor[0].tolist()
     cut = target.index(tokenizer.encode(".")[0]) + 1
 
@@ -345,8 +353,8 @@ def test_a_coarse_gradient_row_sums_rows_and_columns_and_drops_its_block(
     inp = TextTokenInput(PROMPT, tokenizer)
     target = tokenizer.encode(TARGET)
     cage = wrapped(LayerGradientXActivation, model, tokenizer)
-    fine = cage.attribute(inp, target)
-    coarse = cage.attribute(inp, target, units="sentence")
+    fine = cage.attribute(inp, target, strategy="loop")
+    coarse = cage.attribute(inp, target, units="sentence", strategy="loop")
     groups = []
     for unit in fine.units:
         side = [u for u in coarse.units if u.generated == unit.generated]
@@ -375,7 +383,9 @@ def test_a_remote_model_gives_the_rows_of_the_local_one(model, tokenizer):
     local = LLMAttribution(FeatureAblation(model), tokenizer)
     inp = TextTokenInput(PROMPT, tokenizer)
     found = [
-        GraphContextAttribution(llm_attr).attribute(inp, TARGET, units="sentence")
+        GraphContextAttribution(llm_attr).attribute(
+            inp, TARGET, units="sentence", strategy="loop"
+        )
         for llm_attr in (remote, local)
     ]
     # The blank token has text for the server: "<unk>" is read back as one id.
@@ -393,7 +403,9 @@ def test_remote_models_work_with_every_perturbation_method(model, tokenizer, met
     inp = TextTemplateInput("{} has 3 {}.", ["Ana", "pens"])
     kwargs = {"n_samples": 4}
     cage = GraphContextAttribution(llm_attr)
-    result = cage.attribute(inp, " Mia has 3. So?", units="word", **kwargs)
+    result = cage.attribute(
+        inp, " Mia has 3. So?", units="word", **kwargs, strategy="loop"
+    )
     assert result.graph.rows.shape == (4, 6)
 
 
@@ -406,7 +418,9 @@ def test_a_remote_model_writes_once_and_is_read_as_it_wrote(model, tokenizer):
     expected = provider.generate(inp.to_model_input(), max_new_tokens=3)
     cage = GraphContextAttribution(llm_attr)
     whole = {"source": "token", "generated": lambda text: [(0, len(text))]}
-    result = cage.attribute(inp, units=whole, gen_args={"max_new_tokens": 3})
+    result = cage.attribute(
+        inp, units=whole, gen_args={"max_new_tokens": 3}, strategy="loop"
+    )
     assert result.generated_text == expected
 
 
@@ -421,7 +435,9 @@ def test_the_server_s_bos_is_not_doubled(model):
     assert inp.inp_tensor[0, 0] == tokenizer.bos_token_id
     target = tokenizer.encode("Ana has", add_special_tokens=False)
     with pytest.warns(UserWarning, match="reads the text of"):
-        GraphContextAttribution(llm_attr).attribute(inp, target, units="sentence")
+        GraphContextAttribution(llm_attr).attribute(
+            inp, target, units="sentence", strategy="loop"
+        )
 
 
 def test_a_remote_unit_that_is_a_piece_of_a_character_is_refused(model, tokenizer):
@@ -433,9 +449,11 @@ def test_a_remote_unit_that_is_a_piece_of_a_character_is_refused(model, tokenize
     with pytest.raises(
         ValueError, match=r"units: a remote model scores text.*larger units"
     ):
-        cage.attribute(inp, "😀")
+        cage.attribute(inp, "😀", strategy="loop")
     assert provider.prompts == []
-    assert cage.attribute(inp, "😀", units="word").graph.n_generated == 1
+    assert (
+        cage.attribute(inp, "😀", units="word", strategy="loop").graph.n_generated == 1
+    )
 
 
 def test_gradient_methods_refuse_inputs_without_tokens(model, tokenizer):
@@ -445,7 +463,7 @@ def test_gradient_methods_refuse_inputs_without_tokens(model, tokenizer):
     with pytest.raises(
         TypeError, match=r"inp: LayerGradientXActivation attributes to tok"
     ):
-        cage.attribute(inp, TARGET)
+        cage.attribute(inp, TARGET, strategy="loop")
 
 
 def test_gradient_methods_take_features_of_several_tokens(model, tokenizer):
@@ -453,8 +471,10 @@ def test_gradient_methods_take_features_of_several_tokens(model, tokenizer):
     ids = tokenizer.encode(PROMPT)
     groups = [i // 3 - 1 for i in range(len(ids))]
     cage = wrapped(LayerGradientXActivation, model, tokenizer)
-    coarse = cage.attribute(TokenIdsInput(ids, tokenizer, feature_mask=groups), TARGET)
-    fine = cage.attribute(TokenIdsInput(ids, tokenizer), TARGET)
+    coarse = cage.attribute(
+        TokenIdsInput(ids, tokenizer, feature_mask=groups), TARGET, strategy="loop"
+    )
+    fine = cage.attribute(TokenIdsInput(ids, tokenizer), TARGET, strategy="loop")
     for group in range(max(groups) + 1):
         tokens = [i for i, g in enumerate(groups) if g == group]
         assert coarse.graph.rows[:, group] == pytest.approx(
@@ -471,7 +491,7 @@ def test_nan_is_named_by_unit(model, tokenizer):
 
     cage = wrapped(Broken, model, tokenizer)
     with pytest.raises(ValueError, match=r"Broken: must give.*nan came for unit 0"):
-        cage.attribute(TextTokenInput(PROMPT, tokenizer), TARGET)
+        cage.attribute(TextTokenInput(PROMPT, tokenizer), TARGET, strategy="loop")
 
 
 IMAGE_TOKEN = 3  # a role mark of the tokenizer, put to another use
@@ -536,7 +556,7 @@ def test_image_rows_are_the_differences_of_plain_forwards(
     target = tokenizer.encode(" 3 pens. So 4.")
     inp = image_input(tokenizer)
     cage = wrapped(FeatureAblation, vision_model, tokenizer)
-    result = cage.attribute(inp, target, units=units)
+    result = cage.attribute(inp, target, units=units, strategy="loop")
 
     def scores(present, absent_tokens):
         inputs = inp.to_model_input(torch.tensor([present]))
@@ -578,7 +598,7 @@ def test_a_model_input_with_unknown_numbers_per_token_is_refused(
     cage = wrapped(FeatureAblation, vision_model, tokenizer)
     inp = image_input(tokenizer, my_token_weights=torch.ones_like)
     with pytest.raises(ValueError, match="'my_token_weights': must not have one num"):
-        cage.attribute(inp, " 3 pens.")
+        cage.attribute(inp, " 3 pens.", strategy="loop")
 
 
 def test_known_numbers_per_token_grow_with_the_ids(tokenizer):
@@ -597,4 +617,6 @@ def test_probabilities_of_larger_units_need_inputs_of_ids_alone(
     """They do not add up over tokens that are scored one by one."""
     cage = wrapped(FeatureAblation, vision_model, tokenizer, attr_target="prob")
     with pytest.raises(ValueError, match="'prob' and the input is more than ids"):
-        cage.attribute(image_input(tokenizer), TARGET, units="sentence")
+        cage.attribute(
+            image_input(tokenizer), TARGET, units="sentence", strategy="loop"
+        )

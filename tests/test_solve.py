@@ -72,6 +72,22 @@ def test_truncated_throughput_is_the_cut_series(both, k):
     assert_allclose(left, term, rtol=0, atol=EXACT)
 
 
+@settings(deadline=None)
+@given(blocks(), st.integers(0, 8))
+def test_truncated_marginals_are_the_cut_series(both, k):
+    """``truncated_marginals`` is the series up to ``k``, in the end all of it."""
+    to_sources, to_generated = both
+    blocks = csr_array(to_sources), csr_array(to_generated)
+    found = solve.truncated_marginals(*blocks, k)
+    expected = np.zeros(to_sources.shape)
+    for power in range(k + 1):
+        expected += np.linalg.matrix_power(to_generated, power) @ to_sources
+    assert found.shape == to_sources.shape
+    assert_allclose(found, expected, rtol=0, atol=EXACT)
+    everything = solve.truncated_marginals(*blocks, 10**18)
+    assert_allclose(everything, solve.marginals(*blocks), rtol=0, atol=EXACT)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("columns", [None, 0, 1, 3])
 @settings(deadline=None)
@@ -265,7 +281,9 @@ def test_blocks_that_do_not_fit_are_refused(lower, right, method, message):
         solve.solve_triangle(lower, right, method=method)
 
 
-def test_truncated_throughput_refuses_a_full_matrix():
+def test_cut_series_refuse_a_full_matrix():
     """An entry on the diagonal would make the series endless: it is an error."""
     with pytest.raises(ValueError, match=r"row 0 has one in column 0.*stands before"):
         solve.truncated_throughput(csr_array(np.eye(2)), np.ones(2), 1)
+    with pytest.raises(ValueError, match=r"row 0 has one in column 0.*stands before"):
+        solve.truncated_marginals(csr_array(np.ones((2, 1))), csr_array(np.eye(2)), 1)

@@ -32,7 +32,9 @@ def made(
     sources = units_of(prompt, segment(prompt), False)
     steps = units_of(answer, segment(answer), True)
     normalization = more.pop("normalization", "positive")
-    graph = AttributionGraph.from_rows(rows, len(sources), normalization)
+    graph = AttributionGraph.from_rows(
+        rows, len(sources), normalization, kept=more.pop("kept", None)
+    )
     result = GraphAttributionResult(
         graph,
         [*sources, *steps],
@@ -315,6 +317,31 @@ class TestFacts:
             "Mass 100.0%: 25.0% directly, 75.0% through generated text. Leak 0.0%, "
             "unresolved 0.0%."
         ) in shown(solved)
+
+    def test_what_is_unresolved_is_told(self):
+        """As a part of the explained mass, with the number of rows behind it."""
+        rows = [[0, 0, 0, 0, 0], [0.5, 0.5, 0, 3, 0]]
+        text = shown(made(rows, explain=1, kept=[0, 1]), 160)
+        assert "Mass 25.0%: 25.0% directly" in text
+        assert "Leak 0.0%, unresolved 75.0% (rows computed: 1 of 2)." in text
+
+    def test_dropped_entries_are_no_missing_rows(self):
+        """All rows were computed, though not all of their mass is there."""
+        text = shown(made([[1, 0, 0, 0, 0]] * 2, explain=1, kept=[1, 0.992]), 160)
+        assert "Leak 0.0%, unresolved 0.8%." in text
+        assert "rows computed" not in text
+
+    def test_rows_that_no_mass_reaches_are_told(self):
+        """Nothing is unresolved, though one row was not computed."""
+        rows = [[0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]
+        text = shown(made(rows, explain=1, kept=[0, 1]), 160)
+        assert "unresolved 0.0% (rows computed: 1 of 2)." in text
+
+    def test_little_is_not_told_as_nothing(self):
+        """A part that would read 0.0% is less than 0.1%."""
+        text = shown(made([[1, 0, 0, 0, 0]] * 2, explain=1, kept=[1, 0.9999]), 160)
+        assert "Mass 100.0%" in text
+        assert "unresolved <0.1%." in text
 
     def test_how_it_was_made_is_told(self, solved):
         """Model, method, normalisation, units and time."""

@@ -1,0 +1,299 @@
+"""Passes through a causal language model that keep only what is needed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from captum_cage._captum import LLMAttributionObject
+from captum_cage._model import text_config
+from captum_cage.engines.engine import Unsuitable
+
+__all__ = ["CausalModel", "Prefix", "check_length_dependence", "close_enough", "verify"]
+
+# Logits that are held at once, in bytes.
+_LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
+
+# Largest difference between two log-probabilities of one token that is still noise.
+_NOISE = {torch.float64: 1e-9, torch.float32: 1e-4}
+_NOISE_OF_HALVES = 0.25
+
+
+def close_enough(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two log-probabilities differ by no more than the model's rounding."""
+    allowed = _NOISE.get(dtype, _NOISE_OF_HALVES)
+    scale = one.abs().max().clamp(min=1.0)
+    return bool((one - other).abs().max() <= allowed * scale)
+
+
+class Prefix(DynamicCache):
+    """Keys and values of the first tokens, shared by all sequences of all batches.
+
+    Nothing is ever added: a pass sees the prefix and its own tokens.
+
+    Args:
+        pairs: keys and values of each layer, shape ``(1, heads, tokens, size)``.
+        length (int): number of tokens to take from them.
+    """
+
+    def __init__(self, pairs: list[tuple[Tensor, Tensor]], length: int) -> None:
+        super().__init__()
+        self._shared = [(k[:, :, :length], v[:, :, :length]) for k, v in pairs]
+        for layer, (keys, values) in enumerate(self._shared):
+            super().update(keys, values, layer)
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """The layer's keys and values, of the prefix and of the new tokens."""
+        keys, values = self._shared[layer_idx]
+        size = (key_states.shape[0], -1, -1, -1)
+        return (
+            torch.cat([keys.expand(size), key_states], dim=2),
+            torch.cat([values.expand(size), value_states], dim=2),
+        )
+
+
+class CausalModel:
+    """A causal language model, asked for the states that stand before its logits.
+
+    The output layer is applied here, to chosen positions and in pieces, so that no
+    pass holds logits of the vocabulary's width for the whole sequence. Models that
+    change logits after that layer are found out, and asked for logits instead.
+    """
+
+    def __init__(self, llm_attr: LLMAttributionObject) -> None:
+        self.model: Any = llm_attr.model
+        self.device = torch.device(llm_attr.device)
+        self.dtype: torch.dtype = next(
+            (p.dtype for p in self.model.parameters() if p.is_floating_point()),
+            torch.float32,
+        )
+        accepted = inspect.signature(self.model.forward).parameters
+        self._accepted = set(accepted)
+        self._open = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+        self._needs_mask = not isinstance(self.model, PreTrainedModel)
+        find_head = getattr(self.model, "get_output_embeddings", None)
+        head = find_head() if callable(find_head) else None
+        self._head: nn.Module | None = head if isinstance(head, nn.Module) else None
+        self._head_checked = False
+
+    def states(
+        self,
+        inputs: Mapping[str, Any],
+        keep: Tensor,
+        *,
+        cache: Any = None,
+        direct: bool = False,
+    ) -> Tensor:
+        """What the model has at some positions, from which its logits follow.
+
+        Args:
+            inputs (Mapping): arguments of the model's forward, with ``input_ids`` of
+                shape ``(B, T)``.
+            keep (Tensor): the positions in ``0 .. T - 1``, ascending, the same for all
+                sequences.
+            cache (optional): the model's key-value cache. Default: none
+            direct (bool, optional): call ``model.forward`` rather than the model, as
+                Captum's perturbation methods do. Default: ``False``
+
+        Returns:
+            Tensor: shape ``(B, len(keep), width)``.
+        """
+        keep = keep.to(self.device)
+        length = inputs["input_ids"].shape[1]
+        arguments = dict(inputs)
+        if self._needs_mask:
+            arguments.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        if "use_cache" in self._accepted:
+            arguments["use_cache"] = cache is not None
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        kept = length
+        if "logits_to_keep" in self._accepted:
+            arguments["logits_to_keep"] = keep
+            kept = len(keep)
+        call = self.model.forward if direct else self.model
+        if self._head is None:
+            return _chosen(_three(call(**arguments).logits), keep, kept)
+        caught: list[Tensor] = []
+
+        def catch(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            caught.append(args[0])
+            return (args[0][:, -1:], *args[1:])
+
+        handle = self._head.register_forward_pre_hook(catch)
+        try:
+            logits = _three(call(**arguments).logits)
+        finally:
+            handle.remove()
+        if len(caught) == 1 and caught[0].dim() == 3 and caught[0].shape[1] == kept:
+            states = caught[0]
+            if self._head_checked or self._is_whole_head(states, logits):
+                self._head_checked = True
+                return _chosen(states, keep, kept)
+        self._head = None
+        return self.states(inputs, keep, cache=cache, direct=direct)
+
+    def _is_whole_head(self, states: Tensor, logits: Tensor) -> bool:
+        """Whether the output layer alone makes the model's logits."""
+        if self._head is None:
+            return False
+        with torch.no_grad():
+            own = self._head(states[:, -1:].detach())
+            if own.shape != logits.shape:
+                return False
+            difference = (own.double() - logits.detach().double()).abs().max()
+            return bool(difference <= 1e-6 * own.double().abs().max())
+
+    def log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability of a token after each state.
+
+        Args:
+            states (Tensor): shape ``(n, width)``.
+            targets (Tensor): token ids, shape ``(n,)``.
+
+        Returns:
+            Tensor: shape ``(n,)``, float32, or float64 for a float64 model.
+        """
+        found = [
+            self._log_probabilities(part, targets[start : start + len(part)])
+            for start, part in self._pieces(states)
+        ]
+        return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float32)
+
+    def _pieces(self, states: Tensor) -> list[tuple[int, Tensor]]:
+        size = max(1, _budget(self.device) // (3 * self.vocabulary_bytes()))
+        return [
+            (start, states[start : start + size])
+            for start in range(0, len(states), size)
+        ]
+
+    def vocabulary_bytes(self) -> int:
+        """Bytes of one position's logits in float32, at least."""
+        width: Any = getattr(self._head, "out_features", None)
+        if not isinstance(width, int):
+            width = getattr(text_config(self.model), "vocab_size", 2**16)
+        return int(width) * max(4, self.dtype.itemsize)
+
+    @property
+    def splits(self) -> bool:
+        """Whether states are narrower than logits."""
+        return self._head is not None
+
+    def _log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
+        logits = states if self._head is None else self._head(states)
+        if logits.dtype != torch.float64:
+            logits = logits.float()
+        targets = targets.to(logits.device)
+        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+
+    def slopes(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Gradient of each target's log-probability with respect to its own state.
+
+        Args:
+            states (Tensor): shape ``(n, width)``.
+            targets (Tensor): token ids, shape ``(n,)``.
+
+        Returns:
+            Tensor: shape ``(n, width)``, of the states' type.
+        """
+        slopes = torch.empty_like(states)
+        for start, part in self._pieces(states.detach()):
+            leaf = part.clone().requires_grad_()
+            with torch.enable_grad():
+                scores = self._log_probabilities(
+                    leaf, targets[start : start + len(part)]
+                )
+                # A token's score depends on its own state alone.
+                (slope,) = torch.autograd.grad(scores.sum(), leaf)
+            slopes[start : start + len(part)] = slope
+        return slopes
+
+
+def _budget(device: torch.device) -> int:
+    return _LOGIT_BYTES.get(device.type, _LOGIT_BYTES["cpu"])
+
+
+def _three(logits: Tensor) -> Tensor:
+    return logits[:, 0] if logits.dim() == 4 else logits  # Llama 4
+
+
+def _chosen(states: Tensor, keep: Tensor, kept: int) -> Tensor:
+    if kept == len(keep) and states.shape[1] == kept:
+        return states
+    return states[:, keep.to(states.device)]
+
+
+def check_length_dependence(model: Any, length: int) -> None:
+    """Refuse position encodings whose values depend on the whole length.
+
+    Raises:
+        Unsuitable: if a token's position is encoded differently in a longer text.
+    """
+    config = text_config(model)
+    for name in ("rope_parameters", "rope_scaling"):
+        scaling = getattr(config, name, None)
+        if not isinstance(scaling, Mapping):
+            continue
+        kinds = [scaling, *(v for v in scaling.values() if isinstance(v, Mapping))]
+        for kind in kinds:
+            rope = kind.get("rope_type", kind.get("type"))
+            if rope not in ("dynamic", "longrope"):
+                continue
+            original = kind.get(
+                "original_max_position_embeddings",
+                getattr(config, "original_max_position_embeddings", None),
+            )
+            if original is None:
+                original = getattr(config, "max_position_embeddings", 0)
+            if length > original:
+                raise Unsuitable(
+                    f"its {rope} position encoding beyond {original} tokens depends "
+                    f"on the length of the whole text, which has {length}"
+                )
+
+
+def verify(
+    model: CausalModel, ids: Tensor, targets: Tensor, scores: Tensor | None = None
+) -> None:
+    """Make sure that what follows a token does not change its probability.
+
+    Args:
+        model (CausalModel): the model.
+        ids (Tensor): the sequence that it reads, shape ``(tokens,)``.
+        targets (Tensor): the generated ids, of which ``ids`` lacks the last.
+        scores (Tensor, optional): their log-probabilities. Default: computed
+
+    Raises:
+        Unsuitable: if a shorter text gives another score.
+    """
+    if len(targets) < 2:
+        return
+    start = len(ids) - len(targets)  # position that predicts the first target
+    token = (len(targets) - 1) // 2
+
+    def score(length: int) -> Tensor:
+        inputs = {"input_ids": ids[None, :length].to(model.device)}
+        states = model.states(inputs, torch.tensor([start + token]), direct=True)
+        target = targets[token : token + 1]
+        return model.log_probabilities(states[0], target).double().cpu()
+
+    whole = score(len(ids)) if scores is None else scores[token : token + 1]
+    shorter = score(start + token + 1)
+    if not close_enough(whole, shorter, model.dtype):
+        raise Unsuitable(
+            "it gives a token another probability when more text follows: "
+            f"log-probability {float(whole):.4f} in the whole text and "
+            f"{float(shorter):.4f} at its end"
+        )

@@ -1,0 +1,381 @@
+"""Log-probabilities of generated tokens under many perturbations, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from captum.attr import TextTokenInput
+from torch import Tensor
+from transformers import DynamicCache
+
+from captum_cage.engines.causal import (
+    CausalModel,
+    Prefix,
+    check_length_dependence,
+    close_enough,
+    verify,
+)
+from captum_cage.engines.memory import (
+    OutOfMemory,
+    bytes_per_token,
+    free_bytes,
+    memory_errors,
+    too_large,
+)
+from captum_cage.inputs import ChatTokenInput, TokenIdsInput
+from captum_cage.task import RowTask
+
+__all__ = ["Perturbation", "SequenceScorer"]
+
+# Perturbations that are laid out at once.
+_LAID_OUT = 1024
+# Tokens in one pass from which a larger batch is no faster.
+_ENOUGH_TOKENS = {"cpu": 2048, "cuda": 65536}
+# Most sequences of a batch that starts where its first one changes, as a share of all
+# tokens: what the others push in vain stays below a tenth of the useful work.
+_BATCH_SHARE = 0.1
+# Share of the free memory that a batch may take, and most of it on the host, where
+# larger batches are no faster.
+_MEMORY_SHARE = 0.5
+_MOST_HOST_BYTES = 2**29
+
+Scores = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Which units are present in one sequence.
+
+    Attributes:
+        number (int): what the asker knows it by.
+        present (numpy.ndarray): one bool per unit that the sequence has.
+        first (int): first generated token whose score is needed.
+        stop (int or None): the generated token before which to stop; None for all.
+    """
+
+    number: int
+    present: npt.NDArray[np.bool_]
+    first: int = 0
+    stop: int | None = None
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """A perturbed sequence from the first token on that differs from the plain one."""
+
+    number: int
+    ids: Tensor  # from `same` on
+    same: int
+    first: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        return self.same + len(self.ids)
+
+
+class SequenceScorer:
+    """Scores the generated tokens of a text with some of its units absent.
+
+    One pass over a whole sequence scores every generated token, as a token's score
+    depends on nothing after it; the passes start where a sequence first differs from
+    the plain one, from the keys and values that the plain one left. Both properties
+    of the model are verified on the plain sequence before anything else.
+
+    Args:
+        task (RowTask): what to explain.
+        stop (int): number of generated tokens to score.
+
+    Raises:
+        Unsuitable: if the model scores a token otherwise in a longer text.
+    """
+
+    def __init__(self, task: RowTask, stop: int) -> None:
+        self._task = task
+        self._stop = stop
+        self._model = CausalModel(task.llm_attr)
+        self._input = task.prefixed_input(stop - 1)
+        self._targets = torch.tensor(task.generated[:stop])
+        self._pairs: list[tuple[Tensor, Tensor]] | None = None
+        self._prefix: Prefix | None = None
+        self._prefix_length = 0
+        self._most = task.batch_size
+        self._in_batches = task.prompt.takes_ids_alone
+        self._several = type(task.prompt.inp) in (
+            TextTokenInput,
+            TokenIdsInput,
+            ChatTokenInput,
+        )
+        plain = self._input.to_model_input()
+        self._ids: Tensor = (
+            plain["input_ids"][0]
+            if isinstance(plain, Mapping)
+            else (
+                plain[0]  # type: ignore[assignment]
+            )
+        )
+        self._ids = self._ids.cpu()
+        check_length_dependence(self._model.model, len(self._ids))
+        with torch.no_grad():
+            self.plain = self._plain_scores(plain)
+            self._verify()
+
+    @property
+    def n_units(self) -> int:
+        """Number of units that a sequence has, sources and generated ones."""
+        return self._input.n_itp_features
+
+    def indicator(self, present: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+        """Whether each unit is present, given the first ones; the rest are."""
+        found = np.ones(self.n_units, dtype=bool)
+        found[: len(present)] = present
+        return found
+
+    @property
+    def reuses_prefix(self) -> bool:
+        """Whether passes start from the plain sequence's keys and values."""
+        return self._pairs is not None
+
+    def _plain_scores(self, plain: Any) -> Scores:
+        keep = torch.arange(len(self._ids) - self._stop, len(self._ids))
+        if not self._in_batches:
+            return self._whole(plain, 0)
+        inputs = {"input_ids": self._ids[None].to(self._model.device)}
+        cache = DynamicCache() if len(self._ids) > 1 else None
+        try:
+            states = self._model.states(inputs, keep, cache=cache, direct=True)
+        except Exception:
+            if cache is None:
+                raise
+            # A model without such a cache, or with another one.
+            cache = None
+            states = self._model.states(inputs, keep, direct=True)
+        if cache is not None:
+            self._pairs = _pairs(cache, len(self._ids))
+        return self._numbers(states[0], self._targets)
+
+    def _numbers(self, states: Tensor, targets: Tensor) -> Scores:
+        found = self._model.log_probabilities(states, targets)
+        numbers: Scores = found.double().cpu().numpy()
+        return numbers
+
+    def _verify(self) -> None:
+        """Compare the plain scores with those of a shorter text, and of a reused one.
+
+        Raises:
+            Unsuitable: if a shorter text gives another score.
+        """
+        if not self._in_batches or self._stop < 2:
+            return
+        plain = torch.from_numpy(self.plain)
+        verify(self._model, self._ids, self._targets, plain)
+        if self._pairs is None:
+            return
+        middle = len(self._ids) // 2
+        ids = self._ids[None, middle:].to(self._model.device)
+        keep = torch.tensor([ids.shape[1] - 1])
+        try:
+            states = self._model.states(
+                {"input_ids": ids}, keep, cache=self._shared(middle), direct=True
+            )
+        except Exception:  # noqa: BLE001  # whatever a model without this cache raises
+            self._pairs = None
+            return
+        reused = self._numbers(states[0], self._targets[-1:])
+        if not close_enough(plain[-1:], torch.from_numpy(reused), self._model.dtype):
+            self._pairs = None
+
+    def scores(
+        self, perturbations: Iterable[Perturbation]
+    ) -> Iterator[tuple[int, Scores]]:
+        """Log-probability of each generated token in each perturbed text.
+
+        Args:
+            perturbations (Iterable[Perturbation]): taken a thousand at a time.
+
+        Yields:
+            tuple[int, numpy.ndarray]: the perturbation's number and the scores, shape
+            ``(stop,)``, float64; before ``first``, the plain ones. In any order.
+        """
+        queue = iter(perturbations)
+        while some := list(islice(queue, _LAID_OUT)):
+            if not self._in_batches:
+                for one in some:
+                    model_input = self._input.to_model_input(_indicator([one]))
+                    with torch.no_grad():
+                        yield one.number, self._whole(model_input, one.first)
+                continue
+            sequences = []
+            for sequence in self._laid_out(some):
+                if len(sequence.ids):
+                    sequences.append(sequence)
+                else:
+                    yield sequence.number, self.plain.copy()
+            sequences.sort(key=lambda sequence: (sequence.same, sequence.length))
+            yield from self._scored(sequences)
+
+    def _laid_out(self, some: Sequence[Perturbation]) -> Iterator[_Sequence]:
+        if self._several:
+            ids = self._input.to_model_input(_indicator(some))
+            rows = iter(ids.cpu())  # type: ignore[union-attr]
+        else:
+            rows = (
+                self._input.to_model_input(_indicator([one]))[0].cpu()  # type: ignore[union-attr,index]
+                for one in some
+            )
+        for one, row in zip(some, rows, strict=True):
+            stop = self._stop if one.stop is None else one.stop
+            row = row[: len(row) - self._stop + stop]
+            plain = self._ids[: len(self._ids) - self._stop + stop]
+            same = 0
+            if self._pairs is not None or len(row) == len(plain):
+                shorter = min(len(row), len(plain))
+                other = torch.nonzero(row[:shorter] != plain[:shorter])
+                same = int(other[0]) if len(other) else shorter
+            if not same == len(row) == len(plain):
+                # The state that predicts the first score needed is computed anew.
+                latest = len(row) - stop + one.first
+                same = min(same, latest) if self._pairs is not None else 0
+            yield _Sequence(one.number, row[same:], same, one.first, stop)
+
+    def _scored(self, sequences: list[_Sequence]) -> Iterator[tuple[int, Scores]]:
+        while sequences:
+            batch = sequences[: self._batch_size(sequences)]
+            try:
+                with memory_errors(), torch.no_grad():
+                    found = self._pass(batch)
+            except OutOfMemory as error:
+                if len(batch) == 1:
+                    raise too_large(error) from error
+                self._most = len(batch) // 2
+                if self._model.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            sequences = sequences[len(batch) :]
+            yield from found
+
+    def _batch_size(self, sequences: Sequence[_Sequence]) -> int:
+        """Number of sequences in the next batch, at least 1."""
+        if self._task.batch_size is not None and self._most is not None:
+            return self._most
+        kind = self._model.device.type
+        start = sequences[0].same
+        pushed = max(1, sequences[0].length - start)
+        enough = _ENOUGH_TOKENS.get(kind, _ENOUGH_TOKENS["cuda"]) // pushed
+        size = min(enough, self._fitting(start, pushed))
+        if self._pairs is not None:
+            size = min(size, int(_BATCH_SHARE * len(self._ids)))
+        if self._most is not None:
+            size = min(size, self._most)
+        return max(1, size)
+
+    def _fitting(self, start: int, pushed: int) -> int:
+        """Sequences that fit into the free memory."""
+        free = free_bytes(self._model.device) * _MEMORY_SHARE
+        if self._model.device.type == "cpu":
+            free = min(free, _MOST_HOST_BYTES)
+        each = pushed * bytes_per_token(self._model.model)
+        if self._pairs is not None:
+            keys = self._pairs[0][0]
+            token = 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
+            each += 2 * (start + pushed) * token
+        config = getattr(self._model.model, "config", None)
+        if getattr(config, "_attn_implementation", "") == "eager":
+            heads = getattr(config, "num_attention_heads", 1)
+            each += 3 * heads * pushed * (start + pushed) * 4
+        if not self._model.splits:
+            each += 3 * self._stop * self._model.vocabulary_bytes()
+        return int(free // max(each, 1))
+
+    def _pass(self, batch: Sequence[_Sequence]) -> list[tuple[int, Scores]]:
+        """Scores of a few sequences by one pass, from where the first one differs."""
+        start = batch[0].same
+        longest = max(sequence.length for sequence in batch)
+        ids = torch.zeros((len(batch), longest - start), dtype=torch.long)
+        rows, places, targets, firsts = [], [], [], []
+        for row, sequence in enumerate(batch):
+            between = self._ids[start : sequence.same]
+            ids[row, : sequence.length - start] = torch.cat([between, sequence.ids])
+            # State at `place` predicts the token after it.
+            place = sequence.length - sequence.stop - start
+            first = max(sequence.first, sequence.same - start - place)
+            firsts.append(first)
+            tokens = torch.arange(first, sequence.stop)
+            rows.append(torch.full_like(tokens, row))
+            places.append(tokens + place)
+            targets.append(self._targets[first : sequence.stop])
+        position = torch.cat(places)
+        keep = torch.arange(int(position.min()), int(position.max()) + 1)
+        states = self._model.states(
+            {"input_ids": ids.to(self._model.device)},
+            keep,
+            cache=self._shared(start),
+            direct=True,
+        )
+        picked = states[
+            torch.cat(rows).to(states.device),
+            (position - keep[0]).to(states.device),
+        ]
+        numbers = self._numbers(picked, torch.cat(targets))
+        found = []
+        for sequence, first in zip(batch, firsts, strict=True):
+            scores = self.plain.copy()
+            count = sequence.stop - first
+            scores[first : sequence.stop] = numbers[:count]
+            numbers = numbers[count:]
+            found.append((sequence.number, scores))
+        return found
+
+    def _shared(self, length: int) -> Prefix | None:
+        if self._pairs is None or length == 0:
+            return None
+        if self._prefix is None or self._prefix_length != length:
+            self._prefix = Prefix(self._pairs, length)
+            self._prefix_length = length
+        return self._prefix
+
+    def _whole(self, model_input: Any, first: int) -> Scores:
+        """Scores by one pass over one input that is more than ids."""
+        inputs = {
+            name: value.to(self._model.device) if isinstance(value, Tensor) else value
+            for name, value in model_input.items()
+        }
+        ids = inputs["input_ids"]
+        inputs["attention_mask"] = torch.ones_like(ids)
+        keep = torch.arange(ids.shape[1] - self._stop + first, ids.shape[1])
+        states = self._model.states(inputs, keep, direct=True)
+        numbers = self._numbers(states[0], self._targets[first:])
+        if not first:
+            return numbers
+        scores = self.plain.copy()
+        scores[first:] = numbers
+        return scores
+
+
+def _indicator(some: Sequence[Perturbation]) -> Tensor:
+    return torch.from_numpy(np.stack([one.present for one in some])).long()
+
+
+def _pairs(cache: Any, length: int) -> list[tuple[Tensor, Tensor]] | None:
+    """Keys and values of all layers, if each layer kept those of all tokens."""
+    pairs: list[tuple[Any, Any]]
+    if hasattr(cache, "layers"):
+        pairs = [
+            (getattr(layer, "keys", None), getattr(layer, "values", None))
+            for layer in cache.layers
+        ]
+    else:  # transformers before 4.56
+        pairs = list(zip(cache.key_cache, cache.value_cache, strict=True))
+    for pair in pairs:
+        for states in pair:
+            if not isinstance(states, Tensor) or states.dim() != 4:
+                return None
+            if states.shape[0] != 1 or states.shape[2] != length:
+                return None
+    return pairs or None

@@ -1,0 +1,321 @@
+"""The raw rows of a task: by the loop or an engine, all or those that matter."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.sparse import csr_array
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from captum_cage._captum import base_method
+from captum_cage._checks import complaint
+from captum_cage._shares import heaviest, masses
+from captum_cage.engines.engine import Engine, Unsuitable
+from captum_cage.engines.registry import engine_names, find_engine
+from captum_cage.frontier import Frontier
+from captum_cage.graph import AttributionGraph, Normalization
+from captum_cage.rows import check_loop, checked_row, loop_row
+from captum_cage.task import RowTask
+
+__all__ = ["Approximation", "RowStore", "Strategy", "StrategyName", "fill"]
+
+logger = logging.getLogger(__name__)
+
+StrategyName: TypeAlias = Literal["auto", "loop", "fused"]
+
+# Rows that are computed between two looks at which rows still matter.
+_ROWS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """What may be left out, within a certificate.
+
+    Attributes:
+        tolerance (float): share of the explained mass that rows may hold that are not
+            computed.
+        hops (int or None): number of passes through generated units to follow.
+        sparsify (float or None): share of each row's mass to keep.
+    """
+
+    tolerance: float = 0.0
+    hops: int | None = None
+    sparsify: float | None = None
+
+
+class Strategy:
+    """How the rows of a task are computed: an engine where there is one, or the loop.
+
+    Args:
+        task (RowTask): what to explain.
+        name (str): ``"auto"``, ``"loop"`` or ``"fused"``.
+        told (set[str]): reasons for the loop that were logged already.
+
+    Raises:
+        ValueError: if ``name`` is ``"fused"`` and no engine can do the task, or if the
+            loop could not do it either.
+    """
+
+    def __init__(self, task: RowTask, name: StrategyName, told: set[str]) -> None:
+        self.task = task
+        self._fused = name == "fused"
+        self._told = told
+        self._engine: Engine | None = None
+        if name == "loop":
+            check_loop(task)
+            return
+        self._engine, reason = find_engine(task)
+        if self._engine is None:
+            self._fall_back(reason)
+
+    @property
+    def name(self) -> str:
+        """``"fused"`` or ``"loop"``: the way that was taken in the end."""
+        return "loop" if self._engine is None else "fused"
+
+    @property
+    def by_row(self) -> bool:
+        """Whether fewer rows cost less."""
+        return self._engine is None or self._engine.by_row
+
+    def _fall_back(self, reason: str) -> None:
+        if self._fused:
+            raise ValueError(
+                complaint(
+                    "strategy",
+                    "'fused' needs an engine that can compute these rows",
+                    reason,
+                    f"Methods with an engine are {', '.join(engine_names())}. Use "
+                    "strategy='auto', which takes the loop where it must.",
+                )
+            )
+        check_loop(self.task)
+        self._engine = None
+        if reason not in self._told:
+            self._told.add(reason)
+            logger.warning(
+                "the rows are computed by the loop, one call per generated unit: %s",
+                reason,
+            )
+
+    def rows(
+        self, steps: Sequence[int]
+    ) -> Iterator[tuple[int, npt.NDArray[np.float64]]]:
+        """Raw rows of some generated units, in ascending order.
+
+        Yields:
+            tuple[int, numpy.ndarray]: position of the unit and its row, shape ``(N,)``.
+
+        Raises:
+            ValueError: if a row is not as it must be.
+        """
+        steps = sorted(steps)
+        if self._engine is not None:
+            found = iter(self._engine.rows(self.task, steps))
+            try:
+                first = next(found, None)
+            except Unsuitable as error:
+                model = type(self.task.llm_attr.model).__name__
+                self._fall_back(f"{model}: {error}")
+            else:
+                count = 0
+                while first is not None:
+                    if count == len(steps):
+                        break
+                    yield steps[count], checked_row(self.task, steps[count], first)
+                    count += 1
+                    first = next(found, None)
+                if count != len(steps) or first is not None:
+                    raise ValueError(
+                        complaint(
+                            base_method(self.task.llm_attr),
+                            f"its engine must give {len(steps)} rows",
+                            f"{count} came" if first is None else "more came",
+                            "Correct the engine that was registered for it.",
+                        )
+                    )
+                return
+        for step in steps:
+            yield step, checked_row(self.task, step, loop_row(self.task, step))
+
+
+@dataclass
+class RowStore:
+    """Rows that were computed; they survive an interrupt.
+
+    Attributes:
+        task (RowTask): what they belong to.
+        normalization (str): by which mass rows are cut.
+        sparsify (float or None): share of each row's mass that is stored.
+        rows (dict): by step, the entries that were kept, their units, and the share of
+            the row's mass that they hold.
+    """
+
+    task: RowTask
+    normalization: Normalization
+    sparsify: float | None
+    state: tuple[tuple[int, int], ...]
+    rows: dict[int, tuple[npt.NDArray[np.float64], npt.NDArray[np.int64] | None, float]]
+
+    @classmethod
+    def of(
+        cls,
+        task: RowTask,
+        normalization: Normalization,
+        sparsify: float | None,
+        unfinished: RowStore | None,
+    ) -> RowStore:
+        """The store of an interrupted call with the very rows of this one, or a new."""
+        state = _model_state(task.llm_attr.model)
+        store = cls(task, normalization, sparsify, state, {})
+        if unfinished is not None and unfinished._has_rows_of(store):
+            return unfinished
+        return store
+
+    def _has_rows_of(self, other: RowStore) -> bool:
+        mine, theirs = self.task, other.task
+        return (
+            self.state == other.state
+            and self.sparsify == other.sparsify
+            and (self.sparsify is None or self.normalization == other.normalization)
+            and mine.prompt.inp is theirs.prompt.inp
+            and mine.prompt.ids == theirs.prompt.ids
+            and mine.generated == theirs.generated
+            and mine.baseline == theirs.baseline
+            and np.array_equal(mine.sources.groups, theirs.sources.groups)
+            and np.array_equal(mine.steps.groups, theirs.steps.groups)
+            and _same_kwargs(mine.kwargs, theirs.kwargs)
+        )
+
+    def add(self, step: int, row: npt.NDArray[np.float64]) -> None:
+        """Keep a row, cut to the share of its mass that is stored."""
+        if self.sparsify is None:
+            self.rows[step] = (row, None, 1.0)
+            return
+        mass, _ = masses(row, np.array([0, len(row)]), self.normalization)
+        chosen, held = heaviest(mass, self.sparsify)
+        self.rows[step] = (row[chosen], np.flatnonzero(chosen), held)
+
+    def row(self, step: int) -> npt.NDArray[np.float64]:
+        """A row as it is stored, shape ``(N,)``."""
+        values, units, _ = self.rows[step]
+        if units is None:
+            return values
+        row = np.zeros(self.task.width)
+        row[units] = values
+        return row
+
+    def graph(self) -> AttributionGraph:
+        """The graph of the rows that are stored."""
+        G, N = len(self.task.steps), self.task.width
+        kept = np.zeros(G)
+        for step, (_, _, held) in self.rows.items():
+            kept[step] = held
+        rows: Any
+        if self.sparsify is None:
+            rows = np.zeros((G, N))
+            for step, (values, _, _) in self.rows.items():
+                rows[step] = values
+        else:
+            rows = self._sparse(G, N)
+        P = len(self.task.sources)
+        return AttributionGraph.from_rows(rows, P, self.normalization, kept=kept)
+
+    def _sparse(self, G: int, N: int) -> csr_array:
+        none = (np.zeros(0), np.zeros(0, dtype=np.int64), 0.0)
+        stored = [self.rows.get(step, none) for step in range(G)]
+        return csr_array(
+            (
+                np.concatenate([values for values, _, _ in stored]),
+                np.concatenate([units for _, units, _ in stored]),
+                np.cumsum([0, *(len(values) for values, _, _ in stored)]),
+            ),
+            shape=(G, N),
+        )
+
+
+def fill(
+    store: RowStore,
+    strategy: Strategy,
+    weights: npt.NDArray[np.float64],
+    approximation: Approximation,
+    show_progress: bool,
+) -> None:
+    """Compute the rows that a question needs.
+
+    Without a tolerance these are all rows, so that every other question can be
+    answered, too. With one, they are computed from the explained units backwards, the
+    row with the most pending mass first, until the mass that sits on the others is
+    within the tolerance.
+
+    Args:
+        store (RowStore): where rows are kept.
+        strategy (Strategy): how they are computed.
+        weights (numpy.ndarray): weight of each explained unit, shape ``(G,)``.
+        approximation (Approximation): what may be left out.
+        show_progress (bool): show a progress bar on stderr.
+    """
+    G = len(store.task.steps)
+    bar = tqdm(
+        desc="rows",
+        unit="row",
+        total=G,
+        initial=len(store.rows),
+        disable=not (show_progress and strategy.by_row),
+    )
+    with bar:
+        if approximation.tolerance == 0.0 or not strategy.by_row:
+            last = G if approximation.tolerance == 0.0 else _after(weights)
+            missing = [step for step in range(last) if step not in store.rows]
+            if missing:
+                for step, row in strategy.rows(missing):
+                    store.add(step, row)
+                    bar.update()
+            return
+        frontier = Frontier(
+            len(store.task.sources),
+            weights,
+            store.normalization,
+            approximation.tolerance,
+            approximation.hops,
+        )
+        at_once = _ROWS_AT_ONCE if strategy.name == "fused" else 1
+        while wanted := frontier.wanted(at_once).tolist():
+            missing = sorted(step for step in wanted if step not in store.rows)
+            if missing:
+                for step, row in strategy.rows(missing):
+                    store.add(step, row)
+                    bar.update()
+            for step in wanted:
+                frontier.add(step, store.row(step))
+
+
+def _after(weights: npt.NDArray[np.float64]) -> int:
+    """The unit after the last explained one."""
+    return int(np.flatnonzero(weights)[-1]) + 1
+
+
+def _same_kwargs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    if one.keys() != other.keys():
+        return False
+    for key, value in one.items():
+        if isinstance(value, Tensor):
+            if not (isinstance(other[key], Tensor) and torch.equal(value, other[key])):
+                return False
+        elif value is not other[key] and value != other[key]:
+            return False
+    return True
+
+
+def _model_state(model: Any) -> tuple[tuple[int, int], ...]:
+    """Changes when a parameter of the model is replaced or written to."""
+    if not isinstance(model, nn.Module):
+        return ((id(model), 0),)
+    return tuple((p.data_ptr(), p._version) for p in model.parameters())

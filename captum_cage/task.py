@@ -1,0 +1,121 @@
+"""What the raw rows of one explanation depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from captum_cage._captum import LLMAttributionObject
+from captum_cage.inputs import PrefixedInput, Prompt, TokenIdsInput
+from captum_cage.text import TokenText
+from captum_cage.units import FIXED, Units
+
+__all__ = ["RowTask"]
+
+
+@dataclass(frozen=True)
+class RowTask:
+    """Everything that the raw rows of one explanation depend on.
+
+    Attributes:
+        llm_attr: the wrapped Captum object.
+        prompt (Prompt): what stands before the generated text.
+        generated (tuple[int, ...]): generated ids.
+        generated_text (TokenText): their text.
+        sources (Units): source units, by token of the prompt or by feature.
+        steps (Units): generated units, by generated token.
+        baseline (int): id that stands for an absent generated token.
+        kwargs (Mapping): arguments for the wrapped object's ``attribute``.
+        batch_size (int or None): most sequences that an engine may give the model at
+            once; None lets it choose by the memory that is free.
+        show_progress (bool): whether an engine shows a progress bar.
+        kept (dict): finished work of an engine, by the engine's own key; a call that
+            was interrupted finds it here when it is repeated.
+    """
+
+    llm_attr: LLMAttributionObject
+    prompt: Prompt
+    generated: tuple[int, ...]
+    generated_text: TokenText
+    sources: Units
+    steps: Units
+    baseline: int
+    kwargs: Mapping[str, Any]
+    batch_size: int | None = None
+    show_progress: bool = False
+    kept: dict[str, Any] = field(default_factory=dict, compare=False)
+
+    @property
+    def width(self) -> int:
+        """Number of units, ``N = P + G``."""
+        return len(self.sources) + len(self.steps)
+
+    @property
+    def by_token(self) -> bool:
+        """Whether Captum scores a unit token by token, as inputs besides ids need."""
+        return not self.prompt.takes_ids_alone
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the prompt is a sequence of token ids, as gradient methods need."""
+        return self.prompt.feature_of_token is not None or isinstance(
+            self.prompt.inp, TokenIdsInput
+        )
+
+    def range_of(self, step: int) -> tuple[int, int]:
+        """First generated token of a unit, and the one after its last."""
+        members = self.steps.members(step)
+        return int(members[0]), int(members[-1]) + 1
+
+    def unit_of_token(self) -> npt.NDArray[np.int64]:
+        """Unit of each token of prompt and generated text, -1 for none.
+
+        Only for prompts that are a sequence of tokens, see :attr:`reads_tokens`.
+        """
+        sources = self.sources.groups
+        if self.prompt.feature_of_token is None:
+            feature: npt.NDArray[np.int64] = self.prompt.inp.feature_of_token
+            sources = np.where(feature >= 0, sources[feature], FIXED)
+        return np.concatenate([sources, self.steps.groups + len(self.sources)])
+
+    def baseline_ids(self) -> list[int]:
+        """The id that stands for each token of prompt and generated text if absent."""
+        inp = self.prompt.inp
+        if isinstance(inp, TokenIdsInput):
+            own = [int(i) for i in inp.baseline_ids]
+        else:
+            own = [int(inp.baselines)] * len(self.prompt.ids)
+        return [*own, *([self.baseline] * len(self.generated))]
+
+    def prefixed_input(
+        self,
+        stop: int,
+        *,
+        step: int | None = None,
+        as_text_before: tuple[int, ...] | None = None,
+    ) -> PrefixedInput:
+        """The prompt and the first ``stop`` generated ids, with units as features.
+
+        Args:
+            stop (int): number of generated ids.
+            step (int, optional): generated units from this one on are present and no
+                features. Default: all of them are features
+            as_text_before (tuple[int, ...], optional): as in ``PrefixedInput``.
+        """
+        groups = self.steps.groups[:stop]
+        if step is not None:
+            groups = np.where(groups < step, groups, FIXED)
+        return PrefixedInput(
+            self.prompt,
+            self.sources.groups,
+            len(self.sources),
+            self.generated[:stop],
+            groups,
+            self.baseline,
+            self.llm_attr.tokenizer,
+            as_text_before=as_text_before,
+        )
