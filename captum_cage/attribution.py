@@ -221,10 +221,18 @@ class GraphContextAttribution(CaptumAttribution):
             )
             check_task(task)
             way = Strategy(task, strategy, self._told)
-            scores = log_probabilities(self.llm_attr, prompt, generated)
+            # An engine that perturbs scores the plain text itself.
+            scores = None
+            if way.by_row:
+                scores = log_probabilities(self.llm_attr, prompt, generated)
+                task.kept["scores"] = scores
             weights = np.zeros(len(task.steps))
             weights[list(explained)] = 1.0
             graph = self._graph(way, weights, approximation, show_progress)
+            if scores is None:
+                scores = way.task.kept.get("scores")
+            if scores is None:
+                scores = log_probabilities(self.llm_attr, prompt, generated)
         logs = np.zeros(len(task.steps))
         np.add.at(logs, task.steps.groups, scores)
         return GraphAttributionResult(

@@ -22,6 +22,7 @@ from captum_cage.inputs import (
     text_before,
     token_ids,
 )
+from captum_cage.task import check_scores
 from captum_cage.text import decode
 
 __all__ = [
@@ -270,14 +271,5 @@ def log_probabilities(
         target = torch.tensor(list(generated), device=scores.device)
         chosen = scores.gather(1, target[:, None])[:, 0] - scores.logsumexp(dim=-1)
         values = chosen.double().clamp(max=0).cpu().numpy()
-    for place in np.flatnonzero(~(values <= 0)).tolist():
-        raise ValueError(
-            complaint(
-                "llm_attr",
-                "the model must give log-probabilities",
-                f"{values[place]} came for generated token {place}, "
-                f"{decode([generated[place]], llm_attr.tokenizer)!r}",
-                "Look for NaN or infinite weights, or use a wider number type.",
-            )
-        )
+    check_scores(values, generated, llm_attr.tokenizer)
     return values

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,11 +10,37 @@ import numpy as np
 import numpy.typing as npt
 
 from captum_cage._captum import LLMAttributionObject
+from captum_cage._checks import complaint
 from captum_cage.inputs import PrefixedInput, Prompt, TokenIdsInput
-from captum_cage.text import TokenText
+from captum_cage.text import TokenText, decode
 from captum_cage.units import FIXED, Units
 
-__all__ = ["RowTask"]
+__all__ = ["RowTask", "check_scores"]
+
+
+def check_scores(
+    scores: npt.NDArray[np.float64], generated: Sequence[int], tokenizer: Any
+) -> None:
+    """Refuse what is no log-probability.
+
+    Args:
+        scores (numpy.ndarray): one per generated token.
+        generated (Sequence[int]): ids of the generated text.
+        tokenizer: the tokenizer of the ids.
+
+    Raises:
+        ValueError: if one is NaN or above zero.
+    """
+    for place in np.flatnonzero(~(scores <= 0)).tolist():
+        raise ValueError(
+            complaint(
+                "llm_attr",
+                "the model must give log-probabilities",
+                f"{scores[place]} came for generated token {place}, "
+                f"{decode([generated[place]], tokenizer)!r}",
+                "Look for NaN or infinite weights, or use a wider number type.",
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -34,7 +60,8 @@ class RowTask:
             once; None lets it choose by the memory that is free.
         show_progress (bool): whether an engine shows a progress bar.
         kept (dict): finished work of an engine, by the engine's own key; a call that
-            was interrupted finds it here when it is repeated.
+            was interrupted finds it here when it is repeated. Under ``"scores"`` the
+            log-probabilities of all generated tokens, once an engine has them.
     """
 
     llm_attr: LLMAttributionObject

@@ -281,7 +281,7 @@ def verify(
     if len(targets) < 2:
         return
     start = len(ids) - len(targets)  # position that predicts the first target
-    token = (len(targets) - 1) // 2
+    token = 0  # the one with the most text after it
 
     def score(length: int) -> Tensor:
         inputs = {"input_ids": ids[None, :length].to(model.device)}

@@ -1,8 +1,12 @@
-"""Rows of gradient methods: one forward pass for many targets, one backward for each.
+"""Rows of gradient methods: one forward pass for all targets, one backward for each.
 
 The graph of a pass ends at the states from which the targets' logits follow, reaches
 back to the attributed layer and no further, and holds no parameter. A unit's tokens are
 one target: the gradient of a sum is the sum of gradients.
+
+A sequence is read in segments, each from the keys and values of those before it. A
+target's gradient then flows through its own segment and what stands before it, and
+through earlier segments' last layer by keys and values alone.
 """
 
 from __future__ import annotations
@@ -17,9 +21,16 @@ import numpy.typing as npt
 import torch
 from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from captum_cage._captum import argument, integration_points
-from captum_cage.engines.causal import CausalModel, check_length_dependence, verify
+from captum_cage._model import text_config
+from captum_cage.engines.causal import (
+    CausalModel,
+    check_length_dependence,
+    close_enough,
+    verify,
+)
 from captum_cage.engines.engine import Engine, Unsuitable
 from captum_cage.engines.memory import (
     OutOfMemory,
@@ -32,11 +43,13 @@ from captum_cage.task import RowTask
 
 __all__ = ["GRADIENT"]
 
-# Tokens in one pass below which several targets are carried by copies of the sequence.
-_FEW_TOKENS = {"cpu": 256, "cuda": 16384}
 _MEMORY_SHARE = 0.5
-# A backward pass costs about two forward passes.
-_BACKWARD = 2.0
+# Tokens in one pass from which more points or copies are no faster.
+_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
+# What starting the operations of one segment costs, in tokens that pass meanwhile.
+_START = {"cpu": 80, "cuda": 8192}
+_MOST_SEGMENTS = 8
+_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -53,7 +66,7 @@ class _Path:
 
 def _rows(task: RowTask, steps: Sequence[int]) -> Iterator[npt.NDArray[np.float64]]:
     passes = _Passes(task, task.range_of(max(steps))[1])
-    for chunk in passes.chunks(steps):
+    for chunk in _chunks(list(steps)):
         for step, scores in zip(chunk, passes.scores(chunk), strict=True):
             width = len(task.sources) + step
             row = np.zeros(task.width)
@@ -61,6 +74,35 @@ def _rows(task: RowTask, steps: Sequence[int]) -> Iterator[npt.NDArray[np.float6
             counted = (columns >= 0) & (columns < width)
             np.add.at(row, columns[counted], scores[counted])
             yield row
+
+
+def _chunks(steps: list[int]) -> list[list[int]]:
+    """Units whose rows are finished together: what an interrupt may lose."""
+    return [steps[i : i + _TOGETHER] for i in range(0, len(steps), _TOGETHER)]
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A sum of log-probabilities whose gradient is taken.
+
+    Attributes:
+        place (int): which of the asked units it belongs to.
+        first (int): its first generated token.
+        stop (int): the generated token after its last.
+    """
+
+    place: int
+    first: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens that are read together, and the targets that they predict."""
+
+    start: int
+    stop: int
+    targets: tuple[_Target, ...]
 
 
 class _Passes:
@@ -81,14 +123,17 @@ class _Passes:
         fixed = torch.from_numpy(self.units < 0)
         self._absent = torch.where(fixed, self._ids, absent)
         check_length_dependence(self._model.model, length)
+        known = task.kept.get("scores")
         with torch.no_grad():
-            verify(self._model, self._ids, self._targets)
+            verify(
+                self._model,
+                self._ids,
+                self._targets,
+                None if known is None else torch.from_numpy(known),
+            )
             self._path = self._points()
+            self._reads_on = self._can_read_on()
         self._most = task.batch_size
-
-    def _inputs(self, length: int, copies: int) -> dict[str, Tensor]:
-        ids = self._ids[:length].to(self._model.device)
-        return {"input_ids": ids.expand(copies, -1)}
 
     def _at_layer(self, ids: Tensor) -> Tensor:
         """What the layer gives for these ids, shape ``(tokens, width)``."""
@@ -176,131 +221,207 @@ class _Passes:
         """Number of tokens that the model must read to predict all of a unit."""
         return self._prompt + self._task.range_of(step)[1] - 1
 
-    def chunks(self, steps: Sequence[int]) -> list[list[int]]:
-        """Units that share forward passes: neighbours, so that little is read in vain.
+    def _can_read_on(self) -> bool:
+        """Whether the model, read in two segments, says what it says in one."""
+        stop = len(self._ids)
+        start = self._prompt - 1
+        if not 0 < start < stop:
+            return False
+        ids = self._ids[None].to(self._model.device)
+        target = self._targets[-1:]
 
-        A chunk costs, per token up to its end, one forward pass and a backward pass
-        for each unit.
+        def score(states: Tensor) -> Tensor:
+            return self._model.log_probabilities(states[0], target).double().cpu()
+
+        known = self._task.kept.get("scores")
+        try:
+            cache = DynamicCache()
+            last = torch.tensor([start - 1])
+            self._model.states({"input_ids": ids[:, :start]}, last, cache=cache)
+            last = torch.tensor([stop - start - 1])
+            inputs = {"input_ids": ids[:, start:]}
+            split = score(self._model.states(inputs, last, cache=cache))
+        except Exception:  # noqa: BLE001  # whatever a model without this cache raises
+            return False
+        if known is not None and len(known) == len(self._targets):
+            whole = torch.from_numpy(known[-1:])
+        else:
+            last = torch.tensor([stop - 1])
+            whole = score(self._model.states({"input_ids": ids}, last))
+        return close_enough(whole, split, self._model.dtype)
+
+    def _targets_of(self, chunk: Sequence[int]) -> list[_Target]:
+        """What gradients are taken of: each unit, or each token of a float64 model.
+
+        Many models compute norms in float32, through which gradients do not add up to
+        the last digits of float64.
         """
-        ends = [self._end(step) for step in steps]
+        targets = []
+        for place, step in enumerate(chunk):
+            first, stop = self._task.range_of(step)
+            if self._model.dtype == torch.float64:
+                targets += [_Target(place, t, t + 1) for t in range(first, stop)]
+            else:
+                targets.append(_Target(place, first, stop))
+        return targets
 
-        def split(parts: int) -> list[list[int]]:
-            return [list(part) for part in np.array_split(np.array(steps), parts)]
+    def _segments(self, targets: Sequence[_Target], parts: int) -> list[_Segment]:
+        """The sequence up to the last target, cut so that targets are spread evenly."""
+        segments = []
+        start = 0
+        before = self._prompt + targets[0].first - 1
+        if self._reads_on and before > 0:
+            segments.append(_Segment(0, before, ()))
+            start = before
+        for part in np.array_split(np.arange(len(targets)), parts):
+            some = tuple(targets[i] for i in part)
+            stop = self._prompt + some[-1].stop - 1
+            segments.append(_Segment(start, stop, some))
+            if self._reads_on:
+                start = stop
+        return segments
 
-        def cost(chunks: list[list[int]]) -> float:
-            place, total = 0, 0.0
-            for chunk in chunks:
-                place += len(chunk)
-                total += ends[place - 1] * (1 + _BACKWARD * len(chunk))
+    def _plan(
+        self, targets: Sequence[_Target], points: int, most: int
+    ) -> tuple[list[_Segment], int]:
+        """Segments and copies of the sequence that take the least time, by estimate.
+
+        Each segment costs its tokens and a start, forward once and backward for each
+        group of targets that as many copies carry. Through earlier segments a backward
+        pass leaves out most of the last layer.
+        """
+        start = _START.get(self._model.device.type, _START["cuda"])
+        layers = getattr(text_config(self._model.model), "num_hidden_layers", 24)
+        lighter = 1 - 0.8 / max(1, layers) if self._reads_on else 1.0
+
+        def cost(segments: list[_Segment], copies: int) -> float:
+            batch = points * copies
+            total = 0.0
+            for number, segment in enumerate(segments):
+                own = segment.stop - segment.start
+                total += batch * own + start
+                groups = -(-len(segment.targets) // copies)
+                starts = start * (number + 1 if self._reads_on else 1)
+                before = segment.start * lighter
+                total += groups * (batch * (own + before) + starts)
             return total
 
-        most = min(len(steps), 64)
-        least = -(-len(steps) // 64)  # states of at most 64 units at once
-        return [
-            [int(step) for step in chunk]
-            for chunk in min(
-                (split(n) for n in range(least, max(most, least) + 1)), key=cost
-            )
+        plans = [
+            (self._segments(targets, parts), copies)
+            for parts in range(1, min(len(targets), _MOST_SEGMENTS) + 1)
+            for copies in (1, 2, 4, 8, 16, 32, 64)
+            if copies == 1 or (copies <= len(targets) and points * copies <= most)
         ]
+        return min(plans, key=lambda plan: cost(*plan))
 
     def scores(self, chunk: Sequence[int]) -> npt.NDArray[np.float64]:
         """Attribution of each unit to each token, ``(len(chunk), tokens)``, float64."""
-        length = self._end(chunk[-1])
-        total = np.zeros((len(chunk), length))
+        targets = self._targets_of(chunk)
+        total = np.zeros((len(chunk), self._prompt + targets[-1].stop - 1))
         start = 0
         while start < len(self._path.points):
-            size, copies = self._batch(length, len(chunk), start)
+            most = self._fitting(total.shape[1])
+            enough = _ENOUGH_TOKENS.get(self._model.device.type, 2**15)
+            most = max(1, min(most, enough // total.shape[1]))
+            left = len(self._path.points) - start
+            size = -(-left // -(-left // most))  # batches of about one size
+            segments, copies = self._plan(targets, size, most)
             try:
                 with memory_errors():
-                    found = self._pass(
-                        chunk, length, slice(start, start + size), copies
-                    )
+                    found = self._pass(segments, slice(start, start + size), copies)
             except OutOfMemory as error:
                 if size * copies == 1:
                     raise too_large(error) from error
-                self._most = max(1, size * copies // 2)
+                self._most = size * copies // 2
                 if self._model.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
-            total += found
+            for place, scores in found:
+                total[place, : len(scores)] += scores
             start += size
         return total
 
-    def _targets_of(
-        self, chunk: Sequence[int]
-    ) -> tuple[list[tuple[int, int]], list[int]]:
-        """Ranges of generated tokens that are one target, and the unit of each.
-
-        A float64 model is asked token by token: many compute norms in float32, through
-        which gradients do not add up to the last digits.
-        """
-        ranges = [self._task.range_of(step) for step in chunk]
-        if self._model.dtype != torch.float64:
-            return ranges, list(range(len(ranges)))
-        tokens = [
-            ((token, token + 1), unit)
-            for unit, (start, stop) in enumerate(ranges)
-            for token in range(start, stop)
-        ]
-        return [token for token, _ in tokens], [unit for _, unit in tokens]
-
-    def _batch(self, length: int, units: int, start: int) -> tuple[int, int]:
-        """How many points, and how many copies of each, one pass holds."""
-        kind = self._model.device.type
-        points = len(self._path.points) - start
+    def _fitting(self, length: int) -> int:
+        """Sequences of this length whose graph fits into the free memory."""
         each = length * bytes_per_token(self._model.model, kept=True)
         most = int(free_bytes(self._model.device) * _MEMORY_SHARE // each)
         if self._most is not None:
             most = self._most if self._task.batch_size else min(most, self._most)
         inner = self._task.kwargs.get("internal_batch_size")
-        if inner is not None:
-            most = min(most, inner)
-        size = max(1, min(points, most))
-        few = _FEW_TOKENS.get(kind, _FEW_TOKENS["cuda"])
-        copies = min(units, most // size, few // max(1, size * length))
-        return size, max(1, copies)
+        return max(1, most if inner is None else min(most, inner))
 
     def _pass(
-        self, chunk: Sequence[int], length: int, some: slice, copies: int
-    ) -> npt.NDArray[np.float64]:
-        """The part of the scores that some points of the path give."""
-        path = self._path
-        points = path.points[some, :length]
-        size = len(points)
-        leaf = points.repeat(copies, 1, 1).requires_grad_()
-        ranges, unit_of_range = self._targets_of(chunk)
-        first, last = ranges[0][0], ranges[-1][1]
-        keep = torch.arange(self._prompt + first - 1, self._prompt + last - 1)
-        with (
-            torch.enable_grad(),
-            _without_parameters(self._model.model),
-            _replaced(self._layer, leaf),
-        ):
-            states = self._model.states(self._inputs(length, len(leaf)), keep)
-        kept = states.shape[1]
-        slopes = self._model.slopes(
-            states[:size].detach().reshape(size * kept, -1),
-            self._targets[first:last].repeat(size),
-        ).reshape(size, kept, -1)
+        self, segments: Sequence[_Segment], some: slice, copies: int
+    ) -> list[tuple[int, npt.NDArray[np.float64]]]:
+        """The part of each target's scores that some points of the path give."""
+        points = self._path.points[some]
+        cache = DynamicCache() if self._reads_on else None
+        leaves: list[Tensor] = []
+        found = []
+        with torch.enable_grad(), _without_parameters(self._model.model):
+            for segment in segments:
+                if cache is None:
+                    leaves.clear()
+                leaf = points[:, segment.start : segment.stop].repeat(copies, 1, 1)
+                leaves.append(leaf.requires_grad_())
+                states = self._states(segment, leaf, cache)
+                if segment.targets:
+                    last = segment is segments[-1]
+                    found += self._backward(segment, states, leaves, some, last)
+        return found
+
+    def _states(self, segment: _Segment, leaf: Tensor, cache: Any) -> Tensor:
+        """What predicts the segment's targets, as a function of the layer's output."""
+        ids = self._ids[segment.start : segment.stop].to(self._model.device)
+        keep = torch.tensor([len(ids) - 1])
+        if segment.targets:
+            first = self._prompt + segment.targets[0].first - 1
+            keep = torch.arange(first, segment.stop) - segment.start
+        with _replaced(self._layer, leaf):
+            return self._model.states(
+                {"input_ids": ids.expand(len(leaf), -1)}, keep, cache=cache
+            )
+
+    def _backward(
+        self,
+        segment: _Segment,
+        states: Tensor,
+        leaves: Sequence[Tensor],
+        some: slice,
+        last: bool,
+    ) -> list[tuple[int, npt.NDArray[np.float64]]]:
+        path, targets = self._path, segment.targets
         weights = path.weights[some, None, None]
         factors = path.factors if len(path.factors) == 1 else path.factors[some]
-        found = np.zeros((len(chunk), length))
-        for start in range(0, len(ranges), copies):
-            group = ranges[start : start + copies]
+        size = len(path.points[some])
+        copies = len(states) // size
+        first, kept = targets[0].first, states.shape[1]
+        slopes = self._model.slopes(
+            states[:size].detach().reshape(size * kept, -1),
+            self._targets[first : first + kept].repeat(size),
+        ).reshape(size, kept, -1)
+        found = []
+        for start in range(0, len(targets), copies):
+            group = targets[start : start + copies]
             upstream = torch.zeros_like(states)
-            for copy, (a, b) in enumerate(group):
+            for copy, target in enumerate(group):
                 rows = slice(copy * size, (copy + 1) * size)
-                tokens = slice(a - first, b - first)
+                tokens = slice(target.first - first, target.stop - first)
                 upstream[rows, tokens] = slopes[:, tokens]
-            (gradient,) = torch.autograd.grad(
-                states, leaf, upstream, retain_graph=start + copies < len(ranges)
+            gradients = torch.autograd.grad(
+                states,
+                list(leaves),
+                upstream,
+                retain_graph=not last or start + copies < len(targets),
             )
-            for copy in range(len(group)):
+            gradient = torch.cat(gradients, dim=1)
+            length = gradient.shape[1]
+            for copy, target in enumerate(group):
                 part = gradient[copy * size : (copy + 1) * size] * weights
                 if len(factors) == 1:
                     part = part.sum(dim=0, keepdim=True)
                 scores = (part * factors[:, :length]).sum(dim=(0, 2))
-                found[unit_of_range[start + copy]] += scores.double().cpu().numpy()
+                found.append((target.place, scores.double().cpu().numpy()))
         return found
 
 
