@@ -187,6 +187,12 @@ class _Normalization(str, Enum):
     signed = "signed"
 
 
+class _Strategy(str, Enum):
+    auto = "auto"
+    loop = "loop"
+    fused = "fused"
+
+
 class _Device(str, Enum):
     auto = "auto"
     cpu = "cpu"
@@ -570,6 +576,35 @@ def explain(
             "--seed", help="Seed of the methods that sample.", rich_help_panel=_METHOD
         ),
     ] = 0,
+    strategy: Annotated[
+        _Strategy,
+        typer.Option(
+            "--strategy",
+            help="auto: all rows at once where the method allows it, else one by one.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = _Strategy.auto,
+    tolerance: Annotated[
+        float,
+        typer.Option(
+            "--tolerance",
+            min=0.0,
+            max=0.99,
+            help="Share of the explained mass that may stay unresolved. Saves time "
+            "where rows are computed one by one.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = 0.0,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-size",
+            min=1,
+            help="Most sequences at once. Default: what fits into memory.",
+            show_default=False,
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
     device: Annotated[
         _Device,
         typer.Option(
@@ -642,6 +677,9 @@ def explain(
         explain=span,
         units=units.value,
         gen_args=_gen_args(max_new_tokens) if texts[1] is None else None,
+        strategy=strategy.value,
+        tolerance=tolerance,
+        batch_size=batch_size,
         show_progress=output.shows_progress,
         **kwargs,
     )

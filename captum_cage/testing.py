@@ -162,5 +162,7 @@ def _standard_errors(
     # Entries that hardly vary differ by rounding.
     largest = np.abs(other.mean(axis=0)).max()
     error = np.sqrt(variance) + 1e-6 * (largest or 1.0)
-    differences: npt.NDArray[np.float64] = (one.mean(axis=0) - other.mean(axis=0)) / error
+    differences: npt.NDArray[np.float64] = (
+        one.mean(axis=0) - other.mean(axis=0)
+    ) / error
     return np.abs(differences)
