@@ -22,10 +22,13 @@ from captum.attr import (
 )
 from captum.attr._core.lime import default_perturb_func
 from captum.attr._core.llm_attr import DEFAULT_GEN_ARGS
-from captum.attr._utils.approximation_methods import approximation_parameters
+from captum.attr._utils.approximation_methods import (
+    SUPPORTED_METHODS,
+    approximation_parameters,
+)
 from torch import Tensor
 
-from captum_cage._checks import complaint, shown
+from captum_cage._checks import complaint, one_of, shown, whole_number
 
 __all__ = [
     "DEFAULT_GEN_ARGS",
@@ -42,6 +45,7 @@ __all__ = [
     "draws_fair_coins",
     "family",
     "integration_points",
+    "is_captums_own",
     "lime_samples",
 ]
 
@@ -53,6 +57,7 @@ CAPTUM_VERSION: str = captum.__version__
 # ShapleyValues asks the model n * n! times: 35,280 calls for 7 features, 322,560 for 8.
 _MOST_SHAPLEY_FEATURES = 7
 
+_COUNTS = ("internal_batch_size", "n_samples", "n_steps", "num_trials")
 _WRAPPER_KWARGS = ("num_trials", "use_cached_outputs", "forward_in_tokens")
 _OURS = {
     "inputs": "it is made from `inp`",
@@ -91,6 +96,12 @@ def family(llm_attr: LLMAttributionObject) -> Family:
     return "perturbation" if isinstance(llm_attr, LLMAttribution) else "gradient"
 
 
+def is_captums_own(llm_attr: LLMAttributionObject) -> bool:
+    """Whether the object is Captum's, not of a subclass that may compute otherwise."""
+    own = (LLMAttribution, LLMGradientAttribution, RemoteLLMAttribution)
+    return type(llm_attr) in own
+
+
 def base_method(llm_attr: LLMAttributionObject) -> str:
     """Name of the wrapped attribution method's class."""
     return type(llm_attr.attr_method).__name__
@@ -119,6 +130,10 @@ def check_kwargs(llm_attr: LLMAttributionObject, kwargs: Mapping[str, Any]) -> N
                 f"{key}: neither GraphContextAttribution nor {name} takes this "
                 f"argument. {name} takes: {names}."
             )
+        if key in _COUNTS and value is not None:
+            whole_number(key, value, minimum=1, remedy="Pass a number of 1 or more.")
+        if key == "method":
+            one_of(key, value, SUPPORTED_METHODS)
         if key == "perturbations_per_eval" and value != 1:
             raise ValueError(
                 complaint(

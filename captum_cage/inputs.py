@@ -25,6 +25,7 @@ __all__ = [
     "Prompt",
     "TokenIdsInput",
     "baseline_id",
+    "empty_prompt",
     "token_ids",
 ]
 
@@ -764,15 +765,20 @@ class PrefixedInput(InterpretableInput):
         if isinstance(prompt, str):
             ids = _ids(prompt, self._tokenizer)
             if not len(ids) + prefix.shape[1]:
-                raise ValueError(
-                    "inp: the prompt must have a token even where features are absent, "
-                    "but it is empty then. Give the template some text of its own, or "
-                    "give the input baselines."
-                )
+                raise empty_prompt()
             prompt = torch.tensor([ids], dtype=torch.long)
         if isinstance(prompt, Tensor):
             return torch.cat([prompt, prefix.to(prompt.device)], dim=1)
         return extended_model_input(prompt, prefix)
+
+
+def empty_prompt() -> ValueError:
+    """The error of a prompt of which nothing is left."""
+    return ValueError(
+        "inp: the prompt must have a token even where features are absent, but it is "
+        "empty then. Give the template some text of its own, or give the input "
+        "baselines."
+    )
 
 
 def _without_start(ids: list[int], tokenizer: Any) -> list[int]:

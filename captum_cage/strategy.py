@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -48,6 +49,10 @@ class Approximation:
     tolerance: float = 0.0
     hops: int | None = None
     sparsify: float | None = None
+
+
+class _FellBack(Exception):
+    """The engine gave up before its first row; from here on the loop is taken."""
 
 
 class Strategy:
@@ -98,8 +103,9 @@ class Strategy:
             )
         check_loop(self.task)
         self._engine = None
-        if reason not in self._told:
-            self._told.add(reason)
+        kind = re.sub(r"\d+", "", reason)  # another text has other numbers
+        if kind not in self._told:
+            self._told.add(kind)
             logger.warning(
                 "the rows are computed by the loop, one call per generated unit: %s",
                 reason,
@@ -115,6 +121,7 @@ class Strategy:
 
         Raises:
             ValueError: if a row is not as it must be.
+            _FellBack: if an engine gave up; the next call takes the loop.
         """
         steps = sorted(steps)
         if self._engine is not None:
@@ -124,6 +131,7 @@ class Strategy:
             except Unsuitable as error:
                 model = type(self.task.llm_attr.model).__name__
                 self._fall_back(f"{model}: {error}")
+                raise _FellBack from error
             else:
                 count = 0
                 while first is not None:
@@ -271,30 +279,44 @@ def fill(
         disable=not (show_progress and strategy.by_row),
     )
     with bar:
-        if approximation.tolerance == 0.0 or not strategy.by_row:
-            last = G if approximation.tolerance == 0.0 else _after(weights)
-            missing = [step for step in range(last) if step not in store.rows]
-            if missing:
-                for step, row in strategy.rows(missing):
-                    store.add(step, row)
-                    bar.update()
-            return
-        frontier = Frontier(
-            len(store.task.sources),
-            weights,
-            store.normalization,
-            approximation.tolerance,
-            approximation.hops,
-        )
-        at_once = _ROWS_AT_ONCE if strategy.name == "fused" else 1
-        while wanted := frontier.wanted(at_once).tolist():
-            missing = sorted(step for step in wanted if step not in store.rows)
-            if missing:
-                for step, row in strategy.rows(missing):
-                    store.add(step, row)
-                    bar.update()
-            for step in wanted:
-                frontier.add(step, store.row(step))
+        try:
+            _fill(store, strategy, weights, approximation, bar)
+        except _FellBack:
+            _fill(store, strategy, weights, approximation, bar)
+
+
+def _fill(
+    store: RowStore,
+    strategy: Strategy,
+    weights: npt.NDArray[np.float64],
+    approximation: Approximation,
+    bar: Any,
+) -> None:
+    G = len(store.task.steps)
+    if approximation.tolerance == 0.0 or not strategy.by_row:
+        last = G if approximation.tolerance == 0.0 else _after(weights)
+        missing = [step for step in range(last) if step not in store.rows]
+        if missing:
+            for step, row in strategy.rows(missing):
+                store.add(step, row)
+                bar.update()
+        return
+    frontier = Frontier(
+        len(store.task.sources),
+        weights,
+        store.normalization,
+        approximation.tolerance,
+        approximation.hops,
+    )
+    at_once = _ROWS_AT_ONCE if strategy.name == "fused" else 1
+    while wanted := frontier.wanted(at_once).tolist():
+        missing = sorted(step for step in wanted if step not in store.rows)
+        if missing:
+            for step, row in strategy.rows(missing):
+                store.add(step, row)
+                bar.update()
+        for step in wanted:
+            frontier.add(step, store.row(step))
 
 
 def _after(weights: npt.NDArray[np.float64]) -> int:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import settings
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    LlavaForConditionalGeneration,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
-from tiny import tiny_model, tiny_tokenizer
+from tiny import tiny_model, tiny_tokenizer, tiny_vision_model
 
 torch.set_num_threads(1)
 
@@ -35,3 +39,9 @@ def model(tokenizer) -> PreTrainedModel:
 def fresh_model(tokenizer) -> PreTrainedModel:
     """A small Llama that a test may change."""
     return tiny_model("llama", vocab_size=len(tokenizer))
+
+
+@pytest.fixture(scope="session")
+def vision_model(tokenizer) -> LlavaForConditionalGeneration:
+    """A small Llava that tests must leave as it is."""
+    return tiny_vision_model(len(tokenizer))

@@ -61,7 +61,9 @@ def test_every_row_starts_from_the_log_probability_of_a_plain_forward(arch, unit
     model.forward = recorded
     attribution = LLMAttribution(FeatureAblation(model), tokenizer)
     cage = GraphContextAttribution(attribution)
-    result = cage.attribute(TextTokenInput(PROMPT, tokenizer), target, units=units)
+    result = cage.attribute(
+        TextTokenInput(PROMPT, tokenizer), target, units=units, strategy="loop"
+    )
     del model.forward
 
     expected = plain_log_probs(model, ids, len(prompt))

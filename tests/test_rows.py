@@ -8,7 +8,6 @@ import pytest
 import torch
 from captum.attr import (
     FeatureAblation,
-    ImageMaskInput,
     KernelShap,
     LayerGradientShap,
     LayerGradientXActivation,
@@ -23,18 +22,18 @@ from captum.attr import (
     TextTokenInput,
 )
 from captum.attr._core.llm_attr import _PlaceholderModel
-from PIL import Image
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-)
 
 from captum_cage import ChatTokenInput, GraphContextAttribution, TokenIdsInput
 from captum_cage.inputs import extended_model_input
 from conftest import PROMPT, TARGET
-from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
+from tiny import (
+    ARCHITECTURES,
+    LocalProvider,
+    image_input,
+    inputs_of_each_kind,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 PERTURBATION = {
     FeatureAblation: {},
@@ -59,31 +58,6 @@ def wrapped(method, model, tokenizer, **changes):
     return GraphContextAttribution(llm_attr)
 
 
-class LocalProvider:
-    """Scores text with a local model, as a server would: it sees text only."""
-
-    def __init__(self, model, tokenizer):
-        self.model, self.tokenizer = model, tokenizer
-        self.prompts = []
-
-    def generate(self, prompt, **gen_args):
-        """Text that the model writes after a text."""
-        ids = torch.tensor([self.tokenizer.encode(prompt)])
-        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **gen_args)
-        return self.tokenizer.decode(out[0, ids.shape[1] :])
-
-    def get_logprobs(self, input_prompt, target_str, tokenizer=None):  # noqa: ARG002
-        """Scores of the last tokens, as many as the target has when read alone."""
-        self.prompts.append(input_prompt)
-        count = len(self.tokenizer.encode(target_str, add_special_tokens=False))
-        ids = self.tokenizer.encode(input_prompt + target_str)
-        with torch.no_grad():
-            logits = self.model(torch.tensor([ids])).logits[0]
-        scores = torch.log_softmax(logits, dim=-1)
-        places = range(len(ids) - count, len(ids))
-        return [float(scores[i - 1, ids[i]]) for i in places]
-
-
 @pytest.fixture
 def recorded(model, monkeypatch):
     """Ids of every forward pass of the model."""
@@ -99,40 +73,7 @@ def recorded(model, monkeypatch):
     return seen
 
 
-def inputs_of_each_kind(tokenizer):
-    """An input of every kind that perturbation methods take, with a name."""
-    ids = tokenizer.encode(PROMPT)
-    messages = [{"role": "user", "content": "Ana has 3 pens.\nHow many?"}]
-    spaced = {"item": "pens", "name": "Ana"}
-    return {
-        "tokens": TextTokenInput(PROMPT, tokenizer),
-        "tokens, some skipped": TextTokenInput(
-            PROMPT, tokenizer, skip_tokens=tokenizer.encode(".")
-        ),
-        "ids": TokenIdsInput(ids, tokenizer),
-        "ids in groups": TokenIdsInput(
-            ids, tokenizer, feature_mask=[i // 4 - 1 for i in range(len(ids))]
-        ),
-        "chat": ChatTokenInput(messages, tokenizer),
-        "template, list": TextTemplateInput("{} has 3 {}.", ["Ana", "pens"]),
-        "template, dict": TextTemplateInput("{name} has 3 {item}.", spaced),
-        "template, function": TextTemplateInput(
-            lambda *parts: "! ".join(parts), ["Ana", "has", "pens"]
-        ),
-        "template, baselines": TextTemplateInput(
-            "{} has 3 {}.", ["Ana", "pens"], baselines=["Mia", "hats"]
-        ),
-        "template, drawn baselines": TextTemplateInput(
-            "{} has 3 {}.", ["Ana", "pens"], baselines=lambda: ["Mia", "hats"]
-        ),
-        "template, mask": TextTemplateInput(
-            "{} has 3 {}. {}?", ["Ana", "pens", "Mia"], mask=[7, 3, 7]
-        ),
-        "template, odd bytes": TextTemplateInput("{} 😀日{}", ["é", " x"]),
-    }
-
-
-KINDS = list(inputs_of_each_kind(tiny_tokenizer()))
+KINDS = list(inputs_of_each_kind(tiny_tokenizer(), PROMPT))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -141,7 +82,7 @@ def test_each_row_is_of_exactly_the_prompt_s_and_generated_ids(
     model, tokenizer, recorded, kind, units
 ):
     """Ids go in; nothing that was generated is tokenised again."""
-    inp = inputs_of_each_kind(tokenizer)[kind]
+    inp = inputs_of_each_kind(tokenizer, PROMPT)[kind]
     # These ids are not what a tokenizer makes of their text.
     target = [n for text in ("7 p", "en", "s. É😀") for n in tokenizer.encode(text)]
     assert tokenizer.encode(tokenizer.decode(target)) != target
@@ -164,7 +105,7 @@ def test_each_row_is_of_exactly_the_prompt_s_and_generated_ids(
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if "template" not in kind])
 def test_perturbed_ids_differ_in_one_unit_alone(model, tokenizer, recorded, kind):
     """A row's perturbations replace the tokens of one unit by the baseline."""
-    inp = inputs_of_each_kind(tokenizer)[kind]
+    inp = inputs_of_each_kind(tokenizer, PROMPT)[kind]
     target = tokenizer.encode(TARGET)
     prompt = inp.to_model_input()[0].tolist()
     whole = prompt + target
@@ -492,60 +433,6 @@ def test_nan_is_named_by_unit(model, tokenizer):
     cage = wrapped(Broken, model, tokenizer)
     with pytest.raises(ValueError, match=r"Broken: must give.*nan came for unit 0"):
         cage.attribute(TextTokenInput(PROMPT, tokenizer), TARGET, strategy="loop")
-
-
-IMAGE_TOKEN = 3  # a role mark of the tokenizer, put to another use
-
-
-@pytest.fixture(scope="module")
-def vision_model(tokenizer):
-    """A Llava of two small layers that reads images of 8 x 8 pixels as four patches."""
-    torch.manual_seed(0)
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=16,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            image_size=8,
-            patch_size=4,
-        ),
-        text_config=LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=128,
-        ),
-        image_token_id=IMAGE_TOKEN,
-        image_token_index=IMAGE_TOKEN,
-        image_seq_length=4,
-    )
-    model = LlavaForConditionalGeneration(config).eval()
-    for parameter in model.parameters():
-        parameter.data.mul_(4 if parameter.dim() > 1 else 1)
-    return model
-
-
-def image_input(tokenizer, **more):
-    """Left and right half of a picture, and a fixed question about it."""
-    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
-    mask = torch.zeros((8, 8), dtype=torch.int32)
-    mask[:, 4:] = 1
-    question = tokenizer.encode("How many?")
-
-    def processor(image):
-        values = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
-        ids = torch.tensor([[IMAGE_TOKEN] * 4 + question])
-        return {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "pixel_values": values,
-            **{name: make(ids) for name, make in more.items()},
-        }
-
-    return ImageMaskInput(Image.fromarray(pixels), mask, processor_fn=processor)
 
 
 @pytest.mark.parametrize("units", ["token", "sentence"])

@@ -1,4 +1,4 @@
-"""Small models with random weights and small tokenizers, made on the spot."""
+"""Small models, tokenizers and inputs, made on the spot."""
 
 from __future__ import annotations
 
@@ -6,7 +6,15 @@ import json
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
+from captum.attr import (
+    ImageMaskInput,
+    InterpretableInput,
+    TextTemplateInput,
+    TextTokenInput,
+)
+from PIL import Image
 from tokenizers import (
     Tokenizer,
     decoders,
@@ -19,9 +27,15 @@ from tokenizers import (
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from captum_cage import ChatTokenInput, TokenIdsInput
 
 CORPUS = [
     "Ana has 3 pens. Mia has 4 more pens than Ana. How many pens does Mia have?",
@@ -33,6 +47,7 @@ CHAT_TEMPLATE = (
     "{{ m['content'] | trim }}<|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+IMAGE_TOKEN = 3  # a role mark of the tokenizer, put to another use
 MARKS = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {
@@ -155,3 +170,121 @@ def _without_special(backend: Tokenizer, pieces: list[str]) -> Tokenizer:
         token for token in state["added_tokens"] if token["content"] not in pieces
     ]
     return Tokenizer.from_str(json.dumps(state))
+
+
+def inputs_of_each_kind(
+    tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> dict[str, InterpretableInput]:
+    """An input of every kind that perturbation methods take, with a name."""
+    ids = tokenizer.encode(prompt)
+    messages = [{"role": "user", "content": "Ana has 3 pens.\nHow many?"}]
+    spaced = {"item": "pens", "name": "Ana"}
+    return {
+        "tokens": TextTokenInput(prompt, tokenizer),
+        "tokens, some skipped": TextTokenInput(
+            prompt, tokenizer, skip_tokens=tokenizer.encode(".")
+        ),
+        "ids": TokenIdsInput(ids, tokenizer),
+        "ids in groups": TokenIdsInput(
+            ids, tokenizer, feature_mask=[i // 4 - 1 for i in range(len(ids))]
+        ),
+        "chat": ChatTokenInput(messages, tokenizer),
+        "template, list": TextTemplateInput("{} has 3 {}.", ["Ana", "pens"]),
+        "template, dict": TextTemplateInput("{name} has 3 {item}.", spaced),
+        "template, function": TextTemplateInput(
+            lambda *parts: "! ".join(parts), ["Ana", "has", "pens"]
+        ),
+        "template, baselines": TextTemplateInput(
+            "{} has 3 {}.", ["Ana", "pens"], baselines=["Mia", "hats"]
+        ),
+        "template, drawn baselines": TextTemplateInput(
+            "{} has 3 {}.", ["Ana", "pens"], baselines=lambda: ["Mia", "hats"]
+        ),
+        "template, mask": TextTemplateInput(
+            "{} has 3 {}. {}?", ["Ana", "pens", "Mia"], mask=[7, 3, 7]
+        ),
+        "template, odd bytes": TextTemplateInput("{} 😀日{}", ["é", " x"]),
+    }
+
+
+def tiny_vision_model(vocab_size: int) -> LlavaForConditionalGeneration:
+    """A Llava of two small layers that reads images of 8 x 8 pixels as four patches."""
+    state = torch.get_rng_state()
+    torch.manual_seed(0)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=8,
+            patch_size=4,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=128,
+        ),
+        image_token_id=IMAGE_TOKEN,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=4,
+    )
+    model = LlavaForConditionalGeneration(config).eval()
+    torch.set_rng_state(state)
+    for parameter in model.parameters():
+        parameter.data.mul_(4 if parameter.dim() > 1 else 1)
+    return model
+
+
+def image_input(tokenizer: PreTrainedTokenizerFast, **more: Any) -> ImageMaskInput:
+    """Left and right half of a picture, and a fixed question about it."""
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+    mask = torch.zeros((8, 8), dtype=torch.int32)
+    mask[:, 4:] = 1
+    question = tokenizer.encode("How many?")
+
+    def processor(image: Any) -> dict[str, Any]:
+        values = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        ids = torch.tensor([[IMAGE_TOKEN] * 4 + question])
+        return {
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids),
+            "pixel_values": values,
+            **{name: make(ids) for name, make in more.items()},
+        }
+
+    return ImageMaskInput(Image.fromarray(pixels), mask, processor_fn=processor)
+
+
+class LocalProvider:
+    """Scores text with a local model, as a server would: it sees text only."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.prompts: list[str] = []
+
+    def generate(self, prompt: str, **gen_args: Any) -> str:
+        """Text that the model writes after a text."""
+        ids = torch.tensor([self.tokenizer.encode(prompt)])
+        out = self.model.generate(ids, attention_mask=torch.ones_like(ids), **gen_args)
+        text: str = self.tokenizer.decode(out[0, ids.shape[1] :])
+        return text
+
+    def get_logprobs(
+        self,
+        input_prompt: str,
+        target_str: str,
+        tokenizer: Any = None,  # noqa: ARG002
+    ) -> list[float]:
+        """Scores of the last tokens, as many as the target has when read alone."""
+        self.prompts.append(input_prompt)
+        count = len(self.tokenizer.encode(target_str, add_special_tokens=False))
+        ids = self.tokenizer.encode(input_prompt + target_str)
+        with torch.no_grad():
+            logits = self.model(torch.tensor([ids])).logits[0]
+        scores = torch.log_softmax(logits, dim=-1)
+        places = range(len(ids) - count, len(ids))
+        return [float(scores[i - 1, ids[i]]) for i in places]

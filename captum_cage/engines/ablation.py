@@ -35,4 +35,12 @@ def _rows(task: RowTask, steps: Sequence[int]) -> Iterator[npt.NDArray[np.float6
     yield from columns.rows(task, steps)
 
 
-ABLATION = Engine(_rows, unsuitable=unsupported(), by_row=False)
+def _unsuitable(task: RowTask) -> str | None:
+    if task.kwargs.get("num_trials", 1) > 1 and callable(
+        getattr(task.prompt.inp, "baselines", None)
+    ):
+        return "its baselines are drawn anew in each trial"
+    return unsupported()(task)
+
+
+ABLATION = Engine(_rows, unsuitable=_unsuitable, by_row=False)

@@ -14,7 +14,14 @@ from captum_cage._captum import LLMAttributionObject
 from captum_cage._model import text_config
 from captum_cage.engines.engine import Unsuitable
 
-__all__ = ["CausalModel", "Prefix", "check_length_dependence", "close_enough", "verify"]
+__all__ = [
+    "CausalModel",
+    "Prefix",
+    "check_length_dependence",
+    "close_enough",
+    "score_at_end",
+    "verify",
+]
 
 # Logits that are held at once, in bytes.
 _LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
@@ -81,7 +88,6 @@ class CausalModel:
         )
         accepted = inspect.signature(self.model.forward).parameters
         self._accepted = set(accepted)
-        self._open = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
         self._needs_mask = not isinstance(self.model, PreTrainedModel)
         find_head = getattr(self.model, "get_output_embeddings", None)
         head = find_head() if callable(find_head) else None
@@ -113,8 +119,10 @@ class CausalModel:
         keep = keep.to(self.device)
         length = inputs["input_ids"].shape[1]
         arguments = dict(inputs)
-        if self._needs_mask:
-            arguments.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
+        if self._needs_mask and "attention_mask" not in arguments:
+            before = 0 if cache is None else int(cache.get_seq_length())
+            ids = inputs["input_ids"]
+            arguments["attention_mask"] = ids.new_ones((len(ids), before + length))
         if "use_cache" in self._accepted:
             arguments["use_cache"] = cache is not None
         if cache is not None:
@@ -142,8 +150,21 @@ class CausalModel:
             if self._head_checked or self._is_whole_head(states, logits):
                 self._head_checked = True
                 return _chosen(states, keep, kept)
+        # Only a pass without a cache may be made twice; `settle` has made the first.
         self._head = None
-        return self.states(inputs, keep, cache=cache, direct=direct)
+        return self.states(inputs, keep, direct=direct)
+
+    def settle(self, ids: Tensor) -> None:
+        """Find out whether states or logits are asked for, by a pass of its own.
+
+        Must come before the first pass with a cache.
+
+        Args:
+            ids (Tensor): some token ids, shape ``(tokens,)``.
+        """
+        if self._head is not None and not self._head_checked:
+            inputs = {"input_ids": ids[None].to(self.device)}
+            self.states(inputs, torch.tensor([len(ids) - 1]), direct=True)
 
     def _is_whole_head(self, states: Tensor, logits: Tensor) -> bool:
         """Whether the output layer alone makes the model's logits."""
@@ -164,13 +185,13 @@ class CausalModel:
             targets (Tensor): token ids, shape ``(n,)``.
 
         Returns:
-            Tensor: shape ``(n,)``, float32, or float64 for a float64 model.
+            Tensor: shape ``(n,)``, float64.
         """
         found = [
             self._log_probabilities(part, targets[start : start + len(part)])
             for start, part in self._pieces(states)
         ]
-        return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float32)
+        return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float64)
 
     def _pieces(self, states: Tensor) -> list[tuple[int, Tensor]]:
         size = max(1, _budget(self.device) // (3 * self.vocabulary_bytes()))
@@ -196,7 +217,11 @@ class CausalModel:
         if logits.dtype != torch.float64:
             logits = logits.float()
         targets = targets.to(logits.device)
-        return logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(dim=1)
+        peak = logits.detach().amax(dim=1, keepdim=True)
+        chosen = logits.gather(1, targets[:, None]) - peak
+        # In float32 the sum of these two would lose the last digits.
+        total = (logits - peak).exp().sum(dim=1)
+        return chosen[:, 0].double() - total.double().log()
 
     def slopes(self, states: Tensor, targets: Tensor) -> Tensor:
         """Gradient of each target's log-probability with respect to its own state.
@@ -264,36 +289,35 @@ def check_length_dependence(model: Any, length: int) -> None:
                 )
 
 
-def verify(
-    model: CausalModel, ids: Tensor, targets: Tensor, scores: Tensor | None = None
-) -> None:
-    """Make sure that what follows a token does not change its probability.
+def score_at_end(model: CausalModel, ids: Tensor, targets: Tensor) -> float:
+    """Log-probability of the first target when nothing follows it.
 
     Args:
         model (CausalModel): the model.
         ids (Tensor): the sequence that it reads, shape ``(tokens,)``.
         targets (Tensor): the generated ids, of which ``ids`` lacks the last.
-        scores (Tensor, optional): their log-probabilities. Default: computed
+    """
+    shorter = ids[: len(ids) - len(targets) + 1]
+    inputs = {"input_ids": shorter[None].to(model.device)}
+    states = model.states(inputs, torch.tensor([len(shorter) - 1]), direct=True)
+    return float(model.log_probabilities(states[0], targets[:1])[0])
+
+
+def verify(model: CausalModel, whole: float, at_end: float) -> None:
+    """Make sure that what follows a token does not change its probability.
+
+    Args:
+        model (CausalModel): the model.
+        whole (float): log-probability of a token in a longer text.
+        at_end (float): the same at the end of a text.
 
     Raises:
-        Unsuitable: if a shorter text gives another score.
+        Unsuitable: if they differ by more than rounding.
     """
-    if len(targets) < 2:
-        return
-    start = len(ids) - len(targets)  # position that predicts the first target
-    token = 0  # the one with the most text after it
-
-    def score(length: int) -> Tensor:
-        inputs = {"input_ids": ids[None, :length].to(model.device)}
-        states = model.states(inputs, torch.tensor([start + token]), direct=True)
-        target = targets[token : token + 1]
-        return model.log_probabilities(states[0], target).double().cpu()
-
-    whole = score(len(ids)) if scores is None else scores[token : token + 1]
-    shorter = score(start + token + 1)
-    if not close_enough(whole, shorter, model.dtype):
+    one = torch.tensor([whole], dtype=torch.float64)
+    other = torch.tensor([at_end], dtype=torch.float64)
+    if not close_enough(one, other, model.dtype):
         raise Unsuitable(
             "it gives a token another probability when more text follows: "
-            f"log-probability {float(whole):.4f} in the whole text and "
-            f"{float(shorter):.4f} at its end"
+            f"log-probability {whole:.4f} in the whole text and {at_end:.4f} at its end"
         )

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from captum_cage._captum import base_method, family
+from captum_cage._captum import base_method, family, is_captums_own
 from captum_cage.engines.sequences import Perturbation, SequenceScorer
 from captum_cage.task import RowTask
 
@@ -39,6 +39,8 @@ def unsupported(*supported: str) -> Callable[[RowTask], str | None]:
     def reason(task: RowTask) -> str | None:
         if family(task.llm_attr) != "perturbation":
             return "a remote model is sent one text at a time"
+        if not is_captums_own(task.llm_attr):
+            return f"{type(task.llm_attr).__name__} may compute something of its own"
         known = {*_WITHOUT_EFFECT, "num_trials", *supported}
         for name in task.kwargs:
             if name not in known:

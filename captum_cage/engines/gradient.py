@@ -23,18 +23,20 @@ from captum.attr import LayerGradientXActivation, LayerIntegratedGradients
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from captum_cage._captum import argument, integration_points
+from captum_cage._captum import argument, integration_points, is_captums_own
 from captum_cage._model import text_config
 from captum_cage.engines.causal import (
     CausalModel,
     check_length_dependence,
     close_enough,
+    score_at_end,
     verify,
 )
 from captum_cage.engines.engine import Engine, Unsuitable
 from captum_cage.engines.memory import (
     OutOfMemory,
     bytes_per_token,
+    first_pass,
     free_bytes,
     memory_errors,
     too_large,
@@ -122,15 +124,12 @@ class _Passes:
         absent = torch.tensor(task.baseline_ids())[:length]
         fixed = torch.from_numpy(self.units < 0)
         self._absent = torch.where(fixed, self._ids, absent)
-        check_length_dependence(self._model.model, length)
-        known = task.kept.get("scores")
-        with torch.no_grad():
-            verify(
-                self._model,
-                self._ids,
-                self._targets,
-                None if known is None else torch.from_numpy(known),
-            )
+        # Captum reads the last target, too.
+        check_length_dependence(self._model.model, length + 1)
+        with first_pass(), torch.no_grad():
+            at_end = score_at_end(self._model, self._ids, self._targets)
+            self._scores = self._plain_scores(at_end)
+            verify(self._model, self._scores[0], at_end)
             self._path = self._points()
             self._reads_on = self._can_read_on()
         self._most = task.batch_size
@@ -221,6 +220,20 @@ class _Passes:
         """Number of tokens that the model must read to predict all of a unit."""
         return self._prompt + self._task.range_of(step)[1] - 1
 
+    def _plain_scores(self, at_end: float) -> tuple[float, float]:
+        """Log-probabilities of the first and the last target in the whole text."""
+        known = self._task.kept.get("scores")
+        if known is not None and len(known) >= len(self._targets):
+            return float(known[0]), float(known[len(self._targets) - 1])
+        if len(self._targets) == 1:
+            return at_end, at_end
+        length = len(self._ids)
+        keep = torch.tensor([length - len(self._targets), length - 1])
+        inputs = {"input_ids": self._ids[None].to(self._model.device)}
+        states = self._model.states(inputs, keep, direct=True)
+        found = self._model.log_probabilities(states[0], self._targets[[0, -1]])
+        return float(found[0]), float(found[1])
+
     def _can_read_on(self) -> bool:
         """Whether the model, read in two segments, says what it says in one."""
         stop = len(self._ids)
@@ -228,27 +241,21 @@ class _Passes:
         if not 0 < start < stop:
             return False
         ids = self._ids[None].to(self._model.device)
-        target = self._targets[-1:]
-
-        def score(states: Tensor) -> Tensor:
-            return self._model.log_probabilities(states[0], target).double().cpu()
-
-        known = self._task.kept.get("scores")
+        cache = DynamicCache()
         try:
-            cache = DynamicCache()
-            last = torch.tensor([start - 1])
-            self._model.states({"input_ids": ids[:, :start]}, last, cache=cache)
-            last = torch.tensor([stop - start - 1])
-            inputs = {"input_ids": ids[:, start:]}
-            split = score(self._model.states(inputs, last, cache=cache))
+            with memory_errors():
+                last = torch.tensor([start - 1])
+                self._model.states({"input_ids": ids[:, :start]}, last, cache=cache)
+                last = torch.tensor([stop - start - 1])
+                inputs = {"input_ids": ids[:, start:]}
+                states = self._model.states(inputs, last, cache=cache)
+        except OutOfMemory:
+            raise
         except Exception:  # noqa: BLE001  # whatever a model without this cache raises
             return False
-        if known is not None and len(known) == len(self._targets):
-            whole = torch.from_numpy(known[-1:])
-        else:
-            last = torch.tensor([stop - 1])
-            whole = score(self._model.states({"input_ids": ids}, last))
-        return close_enough(whole, split, self._model.dtype)
+        split = self._model.log_probabilities(states[0], self._targets[-1:])
+        whole = torch.tensor([self._scores[1]], dtype=torch.float64)
+        return close_enough(whole, split.double().cpu(), self._model.dtype)
 
     def _targets_of(self, chunk: Sequence[int]) -> list[_Target]:
         """What gradients are taken of: each unit, or each token of a float64 model.
@@ -317,8 +324,11 @@ class _Passes:
     def scores(self, chunk: Sequence[int]) -> npt.NDArray[np.float64]:
         """Attribution of each unit to each token, ``(len(chunk), tokens)``, float64."""
         targets = self._targets_of(chunk)
-        total = np.zeros((len(chunk), self._prompt + targets[-1].stop - 1))
-        start = 0
+        kept = self._task.kept.get("gradient")
+        if kept is None or kept[0] != tuple(chunk):
+            length = self._prompt + targets[-1].stop - 1
+            kept = (tuple(chunk), 0, np.zeros((len(chunk), length)))
+        _, start, total = kept
         while start < len(self._path.points):
             most = self._fitting(total.shape[1])
             enough = _ENOUGH_TOKENS.get(self._model.device.type, 2**15)
@@ -339,6 +349,7 @@ class _Passes:
             for place, scores in found:
                 total[place, : len(scores)] += scores
             start += size
+            self._task.kept["gradient"] = (tuple(chunk), start, total)
         return total
 
     def _fitting(self, length: int) -> int:
@@ -413,6 +424,9 @@ class _Passes:
                 list(leaves),
                 upstream,
                 retain_graph=not last or start + copies < len(targets),
+                # A layer that mixes no positions after it gives earlier ones nothing.
+                allow_unused=True,
+                materialize_grads=True,
             )
             gradient = torch.cat(gradients, dim=1)
             length = gradient.shape[1]
@@ -467,6 +481,8 @@ def _unsuitable(task: RowTask) -> str | None:
     method: Any = task.llm_attr.attr_method
     if not isinstance(getattr(method, "layer", None), nn.Module):
         return "it attributes to several layers"
+    if not is_captums_own(task.llm_attr):
+        return f"{type(task.llm_attr).__name__} may compute something of its own"
     known = {"baselines", "attribute_to_layer_input"}
     if isinstance(method, LayerIntegratedGradients):
         known |= {"method", "n_steps", "internal_batch_size"}

@@ -16,6 +16,7 @@ from captum_cage._model import text_config
 __all__ = [
     "OutOfMemory",
     "bytes_per_token",
+    "first_pass",
     "free_bytes",
     "memory_errors",
     "too_large",
@@ -42,6 +43,16 @@ def memory_errors() -> Iterator[None]:
         if any(message in str(error).lower() for message in _MESSAGES):
             raise OutOfMemory from error
         raise
+
+
+@contextmanager
+def first_pass() -> Iterator[None]:
+    """For a pass that cannot be made smaller: say so when it does not fit."""
+    try:
+        with memory_errors():
+            yield
+    except OutOfMemory as error:
+        raise too_large(error) from error
 
 
 def too_large(error: OutOfMemory) -> RuntimeError:

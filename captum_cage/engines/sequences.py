@@ -19,16 +19,18 @@ from captum_cage.engines.causal import (
     Prefix,
     check_length_dependence,
     close_enough,
+    score_at_end,
     verify,
 )
 from captum_cage.engines.memory import (
     OutOfMemory,
     bytes_per_token,
+    first_pass,
     free_bytes,
     memory_errors,
     too_large,
 )
-from captum_cage.inputs import ChatTokenInput, TokenIdsInput
+from captum_cage.inputs import ChatTokenInput, TokenIdsInput, empty_prompt
 from captum_cage.task import RowTask, check_scores
 
 __all__ = ["Perturbation", "SequenceScorer"]
@@ -122,10 +124,15 @@ class SequenceScorer:
             )
         )
         self._ids = self._ids.cpu()
-        check_length_dependence(self._model.model, len(self._ids))
-        with torch.no_grad():
+        # Captum reads the last target, too.
+        check_length_dependence(self._model.model, len(self._ids) + 1)
+        with first_pass(), torch.no_grad():
+            if self._in_batches:
+                at_end = score_at_end(self._model, self._ids, self._targets)
             self.plain = self._plain_scores(plain)
-            self._verify()
+            if self._in_batches:
+                verify(self._model, float(self.plain[0]), at_end)
+                self._verify_prefix()
         if stop == len(task.generated):
             check_scores(self.plain, task.generated, task.llm_attr.tokenizer)
             task.kept["scores"] = self.plain
@@ -153,7 +160,10 @@ class SequenceScorer:
         inputs = {"input_ids": self._ids[None].to(self._model.device)}
         cache = DynamicCache() if len(self._ids) > 1 else None
         try:
-            states = self._model.states(inputs, keep, cache=cache, direct=True)
+            with memory_errors():
+                states = self._model.states(inputs, keep, cache=cache, direct=True)
+        except OutOfMemory:
+            raise
         except Exception:
             if cache is None:
                 raise
@@ -170,30 +180,26 @@ class SequenceScorer:
         numbers: Scores = found.double().clamp(max=0).cpu().numpy()
         return numbers
 
-    def _verify(self) -> None:
-        """Compare the plain scores with those of a shorter text, and of a reused one.
-
-        Raises:
-            Unsuitable: if a shorter text gives another score.
-        """
-        if not self._in_batches or self._stop < 2:
-            return
-        plain = torch.from_numpy(self.plain)
-        verify(self._model, self._ids, self._targets, plain)
+    def _verify_prefix(self) -> None:
+        """Compare the last plain score with one from the keys and values before it."""
         if self._pairs is None:
             return
         late = len(self._ids) - max(1, len(self._ids) // 8)
         ids = self._ids[None, late:].to(self._model.device)
         keep = torch.tensor([ids.shape[1] - 1])
         try:
-            states = self._model.states(
-                {"input_ids": ids}, keep, cache=self._shared(late), direct=True
-            )
+            with memory_errors():
+                states = self._model.states(
+                    {"input_ids": ids}, keep, cache=self._shared(late), direct=True
+                )
+        except OutOfMemory:
+            raise
         except Exception:  # noqa: BLE001  # whatever a model without this cache raises
             self._pairs = None
             return
         reused = self._numbers(states[0], self._targets[-1:])
-        if not close_enough(plain[-1:], torch.from_numpy(reused), self._model.dtype):
+        plain = torch.from_numpy(self.plain[-1:])
+        if not close_enough(plain, torch.from_numpy(reused), self._model.dtype):
             self._pairs = None
 
     def scores(
@@ -213,7 +219,7 @@ class SequenceScorer:
             if not self._in_batches:
                 for one in some:
                     model_input = self._input.to_model_input(_indicator([one]))
-                    with torch.no_grad():
+                    with first_pass(), torch.no_grad():
                         yield one.number, self._whole(model_input, one.first)
                 continue
             sequences = []
@@ -243,6 +249,8 @@ class SequenceScorer:
                 shorter = min(len(row), len(plain))
                 other = torch.nonzero(row[:shorter] != plain[:shorter])
                 same = int(other[0]) if len(other) else shorter
+            if len(row) < stop:
+                raise empty_prompt()
             if not same == len(row) == len(plain):
                 # The state that predicts the first score needed is computed anew.
                 latest = len(row) - stop + one.first
@@ -352,6 +360,8 @@ class SequenceScorer:
             for name, value in model_input.items()
         }
         ids = inputs["input_ids"]
+        if ids.shape[1] < self._stop:
+            raise empty_prompt()
         inputs["attention_mask"] = torch.ones_like(ids)
         keep = torch.arange(ids.shape[1] - self._stop + first, ids.shape[1])
         states = self._model.states(inputs, keep, direct=True)

@@ -94,7 +94,8 @@ def _exact_rows(task: RowTask, steps: Sequence[int]) -> Iterator[Array]:
     units = P + last
     scorer = _scorer(task, last)
     values, done = task.kept.setdefault(
-        "subsets", (np.empty((2**units, last + 1)), np.zeros(2**units, dtype=bool))
+        f"subsets before {last}",
+        (np.empty((2**units, last + 1)), np.zeros(2**units, dtype=bool)),
     )
     bits = np.arange(units)
 
