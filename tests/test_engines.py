@@ -1765,7 +1765,7 @@ class TestRegistry:
         assert Mine not in registry
 
     def test_every_method_of_captum_s_that_takes_text_has_an_engine(self):
-        """And the names, with those of engines of one's own, are what the error lists."""
+        """And the error lists their names, with those of engines of your own."""
         assert {method.__name__ for method in METHODS} <= set(engine_names())
 
 
