@@ -116,7 +116,8 @@ class CausalModel:
         Returns:
             Tensor: shape ``(B, len(keep), width)``.
         """
-        keep = keep.to(self.device)
+        # On the host, as with several devices the states may lie on any of them.
+        keep = keep.cpu()
         length = inputs["input_ids"].shape[1]
         arguments = dict(inputs)
         if self._needs_mask and "attention_mask" not in arguments:

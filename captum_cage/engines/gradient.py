@@ -107,6 +107,24 @@ class _Segment:
     targets: tuple[_Target, ...]
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """How targets are shared out over passes.
+
+    Attributes:
+        segments (tuple[_Segment, ...]): read one after the other.
+        copies (int): copies of the sequence, each of which carries another target.
+        reads_on (bool): whether a segment is read on from those before it; otherwise
+            each starts at the first token.
+        cost (float): time, in tokens that pass meanwhile.
+    """
+
+    segments: tuple[_Segment, ...]
+    copies: int
+    reads_on: bool
+    cost: float
+
+
 class _Passes:
     """Forward and backward passes over one sequence."""
 
@@ -131,7 +149,7 @@ class _Passes:
             self._scores = self._plain_scores(at_end)
             verify(self._model, self._scores[0], at_end)
             self._path = self._points()
-            self._reads_on = self._can_read_on()
+        self._reads_on: bool | None = None  # not known yet
         self._most = task.batch_size
 
     def _at_layer(self, ids: Tensor) -> Tensor:
@@ -272,25 +290,27 @@ class _Passes:
                 targets.append(_Target(place, first, stop))
         return targets
 
-    def _segments(self, targets: Sequence[_Target], parts: int) -> list[_Segment]:
+    def _segments(
+        self, targets: Sequence[_Target], parts: int, reads_on: bool
+    ) -> tuple[_Segment, ...]:
         """The sequence up to the last target, cut so that targets are spread evenly."""
         segments = []
         start = 0
         before = self._prompt + targets[0].first - 1
-        if self._reads_on and before > 0:
+        if reads_on and before > 0:
             segments.append(_Segment(0, before, ()))
             start = before
         for part in np.array_split(np.arange(len(targets)), parts):
             some = tuple(targets[i] for i in part)
             stop = self._prompt + some[-1].stop - 1
             segments.append(_Segment(start, stop, some))
-            if self._reads_on:
+            if reads_on:
                 start = stop
-        return segments
+        return tuple(segments)
 
     def _plan(
-        self, targets: Sequence[_Target], points: int, most: int
-    ) -> tuple[list[_Segment], int]:
+        self, targets: Sequence[_Target], points: int, most: int, reads_on: bool
+    ) -> _Plan:
         """Segments and copies of the sequence that take the least time, by estimate.
 
         Each segment costs its tokens and a start, forward once and backward for each
@@ -299,27 +319,44 @@ class _Passes:
         """
         start = _START.get(self._model.device.type, _START["cuda"])
         layers = getattr(text_config(self._model.model), "num_hidden_layers", 24)
-        lighter = 1 - 0.8 / max(1, layers) if self._reads_on else 1.0
+        lighter = 1 - 0.8 / max(1, layers)
 
-        def cost(segments: list[_Segment], copies: int) -> float:
+        def plan(parts: int, copies: int) -> _Plan:
+            segments = self._segments(targets, parts, reads_on)
             batch = points * copies
-            total = 0.0
+            cost = 0.0
             for number, segment in enumerate(segments):
                 own = segment.stop - segment.start
-                total += batch * own + start
+                cost += batch * own + start
                 groups = -(-len(segment.targets) // copies)
-                starts = start * (number + 1 if self._reads_on else 1)
-                before = segment.start * lighter
-                total += groups * (batch * (own + before) + starts)
-            return total
+                starts = start * (number + 1 if reads_on else 1)
+                cost += groups * (batch * (own + segment.start * lighter) + starts)
+            return _Plan(segments, copies, reads_on, cost)
 
         plans = [
-            (self._segments(targets, parts), copies)
+            plan(parts, copies)
             for parts in range(1, min(len(targets), _MOST_SEGMENTS) + 1)
             for copies in (1, 2, 4, 8, 16, 32, 64)
             if copies == 1 or (copies <= len(targets) and points * copies <= most)
         ]
-        return min(plans, key=lambda plan: cost(*plan))
+        return min(plans, key=lambda plan: plan.cost)
+
+    def _best_plan(
+        self, targets: Sequence[_Target], points: int, most: int, left: int
+    ) -> _Plan:
+        """The better of reading in one piece and of reading on, if the model can."""
+        whole = self._plan(targets, points, most, False)
+        if self._reads_on is False:
+            return whole
+        split = self._plan(targets, points, most, True)
+        gain = whole.cost - split.cost
+        if self._reads_on is None:
+            start = _START.get(self._model.device.type, _START["cuda"])
+            if gain * left / points <= len(self._ids) + 2 * start:
+                return whole  # not worth finding out
+            with first_pass(), torch.no_grad():
+                self._reads_on = self._can_read_on()
+        return split if self._reads_on and gain > 0 else whole
 
     def scores(self, chunk: Sequence[int]) -> npt.NDArray[np.float64]:
         """Attribution of each unit to each token, ``(len(chunk), tokens)``, float64."""
@@ -335,14 +372,14 @@ class _Passes:
             most = max(1, min(most, enough // total.shape[1]))
             left = len(self._path.points) - start
             size = -(-left // -(-left // most))  # batches of about one size
-            segments, copies = self._plan(targets, size, most)
+            plan = self._best_plan(targets, size, most, left)
             try:
                 with memory_errors():
-                    found = self._pass(segments, slice(start, start + size), copies)
+                    found = self._pass(plan, slice(start, start + size))
             except OutOfMemory as error:
-                if size * copies == 1:
+                if size * plan.copies == 1:
                     raise too_large(error) from error
-                self._most = size * copies // 2
+                self._most = size * plan.copies // 2
                 if self._model.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
@@ -362,22 +399,22 @@ class _Passes:
         return max(1, most if inner is None else min(most, inner))
 
     def _pass(
-        self, segments: Sequence[_Segment], some: slice, copies: int
+        self, plan: _Plan, some: slice
     ) -> list[tuple[int, npt.NDArray[np.float64]]]:
         """The part of each target's scores that some points of the path give."""
         points = self._path.points[some]
-        cache = DynamicCache() if self._reads_on else None
+        cache = DynamicCache() if plan.reads_on else None
         leaves: list[Tensor] = []
         found = []
         with torch.enable_grad(), _without_parameters(self._model.model):
-            for segment in segments:
+            for segment in plan.segments:
                 if cache is None:
                     leaves.clear()
-                leaf = points[:, segment.start : segment.stop].repeat(copies, 1, 1)
+                leaf = points[:, segment.start : segment.stop].repeat(plan.copies, 1, 1)
                 leaves.append(leaf.requires_grad_())
                 states = self._states(segment, leaf, cache)
                 if segment.targets:
-                    last = segment is segments[-1]
+                    last = cache is None or segment is plan.segments[-1]
                     found += self._backward(segment, states, leaves, some, last)
         return found
 
