@@ -16,6 +16,7 @@ from torch import nn
 from captum_cage._captum import DEFAULT_GEN_ARGS, LLMAttributionObject, family
 from captum_cage._checks import complaint
 from captum_cage._model import text_config
+from captum_cage.causal import CausalModel
 from captum_cage.inputs import (
     Prompt,
     extended_model_input,
@@ -259,17 +260,13 @@ def log_probabilities(
             )
         values = np.asarray(given, dtype=np.float64)
     else:
+        inputs = _model_inputs(llm_attr, prompt, generated)
+        length = inputs["input_ids"].shape[1]
+        keep = torch.arange(length - len(generated) - 1, length - 1)
+        model = CausalModel(llm_attr)
         with torch.no_grad():
-            inputs = _model_inputs(llm_attr, prompt, generated)
-            logits = llm_attr.model.forward(**inputs).logits
-        if logits.dim() == 4:  # Llama 4
-            logits = logits[:, 0]
-        start = logits.shape[1] - len(generated) - 1
-        scores: torch.Tensor = logits[0, start:-1]
-        if scores.dtype != torch.float64:
-            scores = scores.float()
-        target = torch.tensor(list(generated), device=scores.device)
-        chosen = scores.gather(1, target[:, None])[:, 0] - scores.logsumexp(dim=-1)
-        values = chosen.double().clamp(max=0).cpu().numpy()
+            states = model.states(inputs, keep, direct=True)
+            found = model.log_probabilities(states[0], torch.tensor(list(generated)))
+        values = found.clamp(max=0).cpu().numpy()
     check_scores(values, generated, llm_attr.tokenizer)
     return values

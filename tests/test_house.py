@@ -22,7 +22,7 @@ PACKAGE = ROOT / "captum_cage"
 LAYERS = (
     {"_checks", "_version"},
     {"_captum", "_model", "_shares", "solve", "text"},
-    {"units", "graph", "frontier"},
+    {"units", "graph", "frontier", "causal"},
     {"spans", "inputs"},
     {"task"},
     {"rows", "scoring", "engines", "methods", "result"},

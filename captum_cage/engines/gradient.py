@@ -25,13 +25,7 @@ from transformers import DynamicCache
 
 from captum_cage._captum import argument, integration_points, is_captums_own
 from captum_cage._model import text_config
-from captum_cage.engines.causal import (
-    CausalModel,
-    check_length_dependence,
-    close_enough,
-    score_at_end,
-    verify,
-)
+from captum_cage.causal import CausalModel, close_enough
 from captum_cage.engines.engine import Engine, Unsuitable
 from captum_cage.engines.memory import (
     OutOfMemory,
@@ -40,6 +34,11 @@ from captum_cage.engines.memory import (
     free_bytes,
     memory_errors,
     too_large,
+)
+from captum_cage.engines.verification import (
+    check_length_dependence,
+    score_at_end,
+    verify,
 )
 from captum_cage.task import RowTask
 

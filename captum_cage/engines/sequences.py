@@ -14,14 +14,7 @@ from captum.attr import TextTokenInput
 from torch import Tensor
 from transformers import DynamicCache
 
-from captum_cage.engines.causal import (
-    CausalModel,
-    Prefix,
-    check_length_dependence,
-    close_enough,
-    score_at_end,
-    verify,
-)
+from captum_cage.causal import CausalModel, Prefix, close_enough
 from captum_cage.engines.memory import (
     OutOfMemory,
     bytes_per_token,
@@ -29,6 +22,11 @@ from captum_cage.engines.memory import (
     free_bytes,
     memory_errors,
     too_large,
+)
+from captum_cage.engines.verification import (
+    check_length_dependence,
+    score_at_end,
+    verify,
 )
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput, empty_prompt
 from captum_cage.task import RowTask, check_scores
@@ -109,6 +107,7 @@ class SequenceScorer:
         self._prefix: Prefix | None = None
         self._prefix_length = 0
         self._most = task.batch_size
+        self._free = free_bytes(self._model.device)
         self._in_batches = task.prompt.takes_ids_alone
         self._several = type(task.prompt.inp) in (
             TextTokenInput,
@@ -116,14 +115,8 @@ class SequenceScorer:
             ChatTokenInput,
         )
         plain = self._input.to_model_input()
-        self._ids: Tensor = (
-            plain["input_ids"][0]
-            if isinstance(plain, Mapping)
-            else (
-                plain[0]  # type: ignore[assignment]
-            )
-        )
-        self._ids = self._ids.cpu()
+        ids: Any = plain["input_ids"] if isinstance(plain, Mapping) else plain
+        self._ids: Tensor = ids[0].cpu()
         # Captum reads the last target, too.
         check_length_dependence(self._model.model, len(self._ids) + 1)
         with first_pass(), torch.no_grad():
@@ -290,7 +283,7 @@ class SequenceScorer:
 
     def _fitting(self, start: int, pushed: int) -> int:
         """Sequences that fit into the free memory."""
-        free = free_bytes(self._model.device) * _MEMORY_SHARE
+        free = self._free * _MEMORY_SHARE
         if self._model.device.type == "cpu":
             free = min(free, _MOST_HOST_BYTES)
         each = pushed * bytes_per_token(self._model.model)
