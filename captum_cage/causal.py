@@ -143,21 +143,15 @@ class CausalModel:
             if self._head_checked or self._is_whole_head(states, logits):
                 self._head_checked = True
                 return _chosen(states, keep, kept)
-        # Only a pass without a cache may be made twice; `settle` has made the first.
+        # Engines make their first pass without a cache, which such a pass would fill.
         self._head = None
         return self.states(inputs, keep, direct=direct)
 
-    def settle(self, ids: Tensor) -> None:
-        """Find out whether states or logits are asked for, by a pass of its own.
-
-        Must come before the first pass with a cache.
-
-        Args:
-            ids (Tensor): some token ids, shape ``(tokens,)``.
-        """
-        if self._head is not None and not self._head_checked:
-            inputs = {"input_ids": ids[None].to(self.device)}
-            self.states(inputs, torch.tensor([len(ids) - 1]), direct=True)
+    def assume(self, splits: bool) -> None:
+        """Take it as known whether the output layer alone makes the logits."""
+        self._head_checked = True
+        if not splits:
+            self._head = None
 
     def _is_whole_head(self, states: Tensor, logits: Tensor) -> bool:
         """Whether the output layer alone makes the model's logits."""

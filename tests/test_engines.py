@@ -34,6 +34,7 @@ from captum_cage import scoring as scoring_module
 from captum_cage.engines import Engine, register_engine
 from captum_cage.engines import columns as columns_module
 from captum_cage.engines import gradient as gradient_module
+from captum_cage.engines import verification as verification_module
 from captum_cage.engines.engine import Unsuitable
 from captum_cage.engines.registry import _engines, engine_names
 from captum_cage.testing import check_engine
@@ -144,10 +145,70 @@ class Recorder:
         self.passed.clear()
 
 
+class Forgetful(dict):
+    """A memory of verdicts that keeps none."""
+
+    def __setitem__(self, model, verdict):
+        """Nothing is kept."""
+
+
 @pytest.fixture
 def passes(model, monkeypatch):
-    """Passes of the small Llama."""
+    """Passes of the small Llama, the same in each call."""
+    monkeypatch.setattr(verification_module, "_verdicts", Forgetful())
     return Recorder(monkeypatch, type(model))
+
+
+class TestVerdicts:
+    """A model is found out once, and again where that says nothing of the new case."""
+
+    @pytest.fixture
+    def counted(self, fresh_model, tokenizer, monkeypatch):
+        """Passes of one call about a text of so many tokens."""
+        recorder = Recorder(monkeypatch, type(fresh_model))
+
+        def count(tokens, method=FeatureAblation):
+            recorder.clear()
+            llm_attr = wrapped(method, fresh_model, tokenizer)
+            target = tokenizer.encode(ANSWER)[:tokens]
+            explained(llm_attr, TextTokenInput("Ana has", tokenizer), target, "fused")
+            return len(recorder.passed)
+
+        return count
+
+    def test_the_second_call_makes_no_checks(self, counted):
+        """Two passes fewer: one at the end of a text, one from its prefix."""
+        assert counted(6) == counted(6) + 2
+        assert counted(4) == counted(4)
+
+    def test_a_longer_text_is_checked_anew(self, counted):
+        """Windows and position encodings may end between the two."""
+        counted(4)
+        assert counted(6) == counted(6) + 2
+
+    def test_gradients_find_out_one_half_of_it(self, counted):
+        """Whether a prefix can be read on is left to ablation."""
+        first = counted(6, LayerGradientXActivation)
+        assert counted(6, LayerGradientXActivation) == first - 1
+        assert counted(6) == counted(6) + 1
+
+    def test_another_forward_is_another_model(self, fresh_model, tokenizer, counted):
+        """Replaced on the object itself, it is found out to look ahead."""
+        counted(6)
+        plain = fresh_model.forward
+
+        @functools.wraps(plain)
+        def looking_ahead(*args, **kwargs):
+            found = plain(*args, **kwargs)
+            ids = kwargs["input_ids"]
+            found.logits = found.logits * (1 + ids.shape[1])
+            return found
+
+        fresh_model.forward = looking_ahead
+        llm_attr = wrapped(FeatureAblation, fresh_model, tokenizer)
+        target = tokenizer.encode(ANSWER)[:6]
+        with pytest.raises(ValueError, match="when more text follows"):
+            explained(llm_attr, TextTokenInput("Ana has", tokenizer), target, "fused")
 
 
 @pytest.fixture
@@ -1397,7 +1458,7 @@ class TestInterrupts:
         passes = Recorder(monkeypatch, type(fresh_model))
         method = LayerIntegratedGradients if change == "kwargs" else FeatureAblation
         llm_attr = wrapped(method, fresh_model, tokenizer)
-        kwargs = {"n_steps": 2} if change == "kwargs" else {}
+        kwargs = {"n_steps": 12} if change == "kwargs" else {}
         target = tokenizer.encode(ANSWER)
         cage = GraphContextAttribution(llm_attr)
         passes.failure = lambda n, _: KeyboardInterrupt() if n == 10 else None

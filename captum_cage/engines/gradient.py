@@ -36,7 +36,10 @@ from captum_cage.engines.memory import (
     too_large,
 )
 from captum_cage.engines.verification import (
+    Verdict,
     check_length_dependence,
+    found_out,
+    remember,
     score_at_end,
     verify,
 )
@@ -143,10 +146,14 @@ class _Passes:
         self._absent = torch.where(fixed, self._ids, absent)
         # Captum reads the last target, too.
         check_length_dependence(self._model.model, length + 1)
+        known = found_out(self._model, length)
         with first_pass(), torch.no_grad():
-            at_end = score_at_end(self._model, self._ids, self._targets)
-            self._scores = self._plain_scores(at_end)
-            verify(self._model, self._scores[0], at_end)
+            if known is not None:
+                self._model.assume(known.splits)
+            else:
+                at_end = score_at_end(self._model, self._ids, self._targets)
+                verify(self._model, self._plain_scores()[0], at_end)
+                remember(self._model, Verdict(length, self._model.splits, None))
             self._path = self._points()
         self._reads_on: bool | None = None  # not known yet
         self._most = task.batch_size
@@ -237,19 +244,18 @@ class _Passes:
         """Number of tokens that the model must read to predict all of a unit."""
         return self._prompt + self._task.range_of(step)[1] - 1
 
-    def _plain_scores(self, at_end: float) -> tuple[float, float]:
+    def _plain_scores(self) -> tuple[float, float]:
         """Log-probabilities of the first and the last target in the whole text."""
         known = self._task.kept.get("scores")
         if known is not None and len(known) >= len(self._targets):
             return float(known[0]), float(known[len(self._targets) - 1])
-        if len(self._targets) == 1:
-            return at_end, at_end
         length = len(self._ids)
-        keep = torch.tensor([length - len(self._targets), length - 1])
+        keep = torch.tensor(sorted({length - len(self._targets), length - 1}))
         inputs = {"input_ids": self._ids[None].to(self._model.device)}
         states = self._model.states(inputs, keep, direct=True)
-        found = self._model.log_probabilities(states[0], self._targets[[0, -1]])
-        return float(found[0]), float(found[1])
+        targets = self._targets[[0, -1]][-len(keep) :]
+        found = self._model.log_probabilities(states[0], targets)
+        return float(found[0]), float(found[-1])
 
     def _can_read_on(self) -> bool:
         """Whether the model, read in two segments, says what it says in one."""
@@ -271,7 +277,7 @@ class _Passes:
         except Exception:  # noqa: BLE001  # whatever a model without this cache raises
             return False
         split = self._model.log_probabilities(states[0], self._targets[-1:])
-        whole = torch.tensor([self._scores[1]], dtype=torch.float64)
+        whole = torch.tensor([self._plain_scores()[1]], dtype=torch.float64)
         return close_enough(whole, split.double().cpu(), self._model.dtype)
 
     def _targets_of(self, chunk: Sequence[int]) -> list[_Target]:

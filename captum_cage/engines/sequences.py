@@ -24,7 +24,10 @@ from captum_cage.engines.memory import (
     too_large,
 )
 from captum_cage.engines.verification import (
+    Verdict,
     check_length_dependence,
+    found_out,
+    remember,
     score_at_end,
     verify,
 )
@@ -87,7 +90,8 @@ class SequenceScorer:
     One pass over a whole sequence scores every generated token, as a token's score
     depends on nothing after it; the passes start where a sequence first differs from
     the plain one, from the keys and values that the plain one left. Both properties
-    of the model are verified on the plain sequence before anything else.
+    of the model are verified on the plain sequence before anything else, and known
+    from then on for shorter ones.
 
     Args:
         task (RowTask): what to explain.
@@ -120,12 +124,7 @@ class SequenceScorer:
         # Captum reads the last target, too.
         check_length_dependence(self._model.model, len(self._ids) + 1)
         with first_pass(), torch.no_grad():
-            if self._in_batches:
-                at_end = score_at_end(self._model, self._ids, self._targets)
-            self.plain = self._plain_scores(plain)
-            if self._in_batches:
-                verify(self._model, float(self.plain[0]), at_end)
-                self._verify_prefix()
+            self.plain = self._verified_scores(plain)
         if stop == len(task.generated):
             check_scores(self.plain, task.generated, task.llm_attr.tokenizer)
             task.kept["scores"] = self.plain
@@ -145,6 +144,27 @@ class SequenceScorer:
     def reuses_prefix(self) -> bool:
         """Whether passes start from the plain sequence's keys and values."""
         return self._pairs is not None
+
+    def _verified_scores(self, plain: Any) -> Scores:
+        """Scores of the plain text, by a model that is known to suit."""
+        if not self._in_batches:
+            return self._plain_scores(plain)
+        length = len(self._ids)
+        known = found_out(self._model, length)
+        if known is None:
+            at_end = score_at_end(self._model, self._ids, self._targets)
+            scores = self._plain_scores(plain)
+            verify(self._model, float(scores[0]), at_end)
+        else:
+            self._model.assume(known.splits)
+            scores = self._plain_scores(plain)
+        if known is None or known.reuses is None:
+            self._verify_prefix(scores)
+            found = Verdict(length, self._model.splits, self.reuses_prefix)
+            remember(self._model, found)
+        elif not known.reuses:
+            self._pairs = None
+        return scores
 
     def _plain_scores(self, plain: Any) -> Scores:
         keep = torch.arange(len(self._ids) - self._stop, len(self._ids))
@@ -173,7 +193,7 @@ class SequenceScorer:
         numbers: Scores = found.double().clamp(max=0).cpu().numpy()
         return numbers
 
-    def _verify_prefix(self) -> None:
+    def _verify_prefix(self, scores: Scores) -> None:
         """Compare the last plain score with one from the keys and values before it."""
         if self._pairs is None:
             return
@@ -191,7 +211,7 @@ class SequenceScorer:
             self._pairs = None
             return
         reused = self._numbers(states[0], self._targets[-1:])
-        plain = torch.from_numpy(self.plain[-1:])
+        plain = torch.from_numpy(scores[-1:])
         if not close_enough(plain, torch.from_numpy(reused), self._model.dtype):
             self._pairs = None
 

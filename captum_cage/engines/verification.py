@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,7 +14,62 @@ from captum_cage._model import text_config
 from captum_cage.causal import CausalModel, close_enough
 from captum_cage.engines.engine import Unsuitable
 
-__all__ = ["check_length_dependence", "score_at_end", "verify"]
+__all__ = [
+    "Verdict",
+    "check_length_dependence",
+    "found_out",
+    "remember",
+    "score_at_end",
+    "verify",
+]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found out about a model by passes through it.
+
+    It depends on the model's code, not on its weights: a verdict on a text holds for
+    every shorter one.
+
+    Attributes:
+        length (int): number of tokens of the text on which it was verified that what
+            follows a token does not change its probability.
+        splits (bool): whether the output layer alone makes the logits.
+        reuses (bool or None): whether a pass can start from the keys and values of a
+            prefix; None if that was not tried.
+    """
+
+    length: int
+    splits: bool
+    reuses: bool | None
+
+
+_verdicts: WeakKeyDictionary[Any, tuple[Any, Verdict]] = WeakKeyDictionary()
+
+
+def _code(model: CausalModel) -> tuple[Any, ...]:
+    """What a verdict depends on besides the model object."""
+    config = getattr(model.model, "config", None)
+    forward = model.model.forward
+    return (
+        getattr(forward, "__func__", forward),
+        getattr(config, "_attn_implementation", None),
+        model.dtype,
+        model.device,
+    )
+
+
+def found_out(model: CausalModel, length: int) -> Verdict | None:
+    """The verdict on a model that holds for a text of this length, if there is one."""
+    code, verdict = _verdicts.get(model.model, (None, None))
+    if verdict is None or code != _code(model) or verdict.length < length:
+        return None
+    return verdict
+
+
+def remember(model: CausalModel, verdict: Verdict) -> None:
+    """Keep a verdict for as long as the model lives."""
+    _verdicts[model.model] = (_code(model), verdict)
 
 
 def check_length_dependence(model: Any, length: int) -> None:
