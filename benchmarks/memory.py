@@ -69,7 +69,7 @@ MIB = 2**20
 ABLATION_LIMIT = (3 * 2**30, 600.0)
 SENTENCES_LIMIT = (3 * 2**30, 300.0)
 # Share of the vocabulary's width that a peak may grow by, for each token.
-HELD_LIMIT = 0.1
+HELD_LIMIT = 0.25
 # Share of a dense array of all units by all units.
 GRAPH_LIMIT = 0.5
 # Memory that may be left by a second call, beyond what the first one left.
@@ -316,6 +316,8 @@ def print_attributions(results: Results) -> None:
 def held_share(results: Results, method: str) -> float:
     """Growth of the peak per token and entry of the vocabulary, in float32 numbers.
 
+    Between the two longest texts.
+
     1 if the logits of the whole sequence were held once, 0 if the vocabulary does not
     matter for the growth.
     """
@@ -326,8 +328,9 @@ def held_share(results: Results, method: str) -> float:
             for spec, found in results
             if spec["method"] == method and spec["vocab"] == vocab
         ]
-        sizes, peaks = np.array(pairs, dtype=np.float64).T
-        slopes.append(float(np.polyfit(sizes, peaks, 1)[0]))
+        # Below that, a piece of the sequence is all of it.
+        (size, peak), (larger, higher) = sorted(pairs)[-2:]
+        slopes.append((higher - peak) / (larger - size))
         vocabs.append(vocab)
     return float((slopes[-1] - slopes[0]) / (4 * (vocabs[-1] - vocabs[0])))
 

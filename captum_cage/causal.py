@@ -18,6 +18,9 @@ __all__ = ["CausalModel", "Prefix", "close_enough"]
 # Logits that are held at once, in bytes.
 _LOGIT_BYTES = {"cpu": 2**25, "cuda": 2**29}
 
+# Tensors of the logits' size that a gradient of their log-probabilities takes.
+_COPIES = 6
+
 # Largest difference between two log-probabilities of one token that is still noise.
 _NOISE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _NOISE_OF_HALVES = 0.25
@@ -181,7 +184,7 @@ class CausalModel:
         return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float64)
 
     def _pieces(self, states: Tensor) -> list[tuple[int, Tensor]]:
-        size = max(1, _budget(self.device) // (3 * self.vocabulary_bytes()))
+        size = max(1, _budget(self.device) // (_COPIES * self.vocabulary_bytes()))
         return [
             (start, states[start : start + size])
             for start in range(0, len(states), size)

@@ -51,7 +51,7 @@ _MEMORY_SHARE = 0.5
 # Tokens in one pass from which more points or copies are no faster.
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
 # What starting the operations of one segment costs, in tokens that pass meanwhile.
-_START = {"cpu": 80, "cuda": 8192}
+_START = {"cpu": 40, "cuda": 8192}
 _MOST_SEGMENTS = 8
 _TOGETHER = 64
 
