@@ -90,7 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"Python {platform.python_version()}, NumPy {np.__version__}, "
         f"SciPy {scipy.__version__}; least of {options.repeats} runs, in seconds"
     )
-    print(f"now: dense from fill {solve.DENSE_FILL} on\n")
+    print(
+        f"now: dense up to {solve.DENSE_ROWS} rows, from fill {solve.DENSE_FILL} on "
+        f"for marginals, {solve.DENSE_FILL_SPAN} for one span\n"
+    )
     header = (
         f"{'G = P':>6} {'fill':>6} | {'all sparse':>10} {'dense':>9} {'ratio':>6} | "
         f"{'span sparse':>11} {'dense':>9} {'ratio':>6} | {'difference':>10}"

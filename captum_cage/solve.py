@@ -21,6 +21,8 @@ from captum_cage._checks import complaint, one_of
 __all__ = [
     "DENSE_ENTRIES",
     "DENSE_FILL",
+    "DENSE_FILL_SPAN",
+    "DENSE_ROWS",
     "Hops",
     "Path",
     "best_paths",
@@ -31,17 +33,21 @@ __all__ = [
     "truncated_throughput",
 ]
 
-# Measured by benchmarks/solve.py on 2 cores, with SciPy 1.17.1 and NumPy 2.4.6, while a
-# training took up both cores. The solves take the same time at these fills, G = P:
-#   BLAS threads   question     500     1000    2000
-#   1              marginals    0.058   0.051   not run
-#   1              one span     <0.01   0.101   not run
-#   2              marginals    0.019   0.096   0.062
-#   2              one span     0.051   0.046   0.088
-# A full triangle, G = P = 2000: marginals 2.67 s sparse and 0.19 s dense, one span
-# 0.047 s and 0.016 s. At 1% filled: 0.16 s and 0.29 s, 0.0006 s and 0.012 s.
-DENSE_FILL = 0.06
-"""Share of ``L``'s lower triangle from which the dense solve is used."""
+# Measured by benchmarks/solve.py on 2 cores that did nothing else, 2 BLAS threads, with
+# SciPy 1.17.1 and NumPy 2.4.6. The solves take the same time at these fills, G = P:
+#   question     100     500     1000    2000
+#   marginals    <0.01   <0.01   0.013   0.010
+#   one span     <0.01   <0.01   0.111   0.131
+# A full triangle, G = P = 2000: marginals 2.35 s sparse and 0.100 s dense, one span
+# 0.043 s and 0.0085 s. At 1% filled: 0.083 s and 0.083 s, 0.0005 s and 0.0023 s.
+DENSE_FILL = 0.012
+"""Share of ``L``'s lower triangle from which the dense solve is used for marginals."""
+
+DENSE_FILL_SPAN = 0.12
+"""The same for one right side."""
+
+DENSE_ROWS = 500
+"""Largest ``G`` for which the dense solve is used at any fill."""
 
 DENSE_ENTRIES = 2**27
 """Largest ``G * G`` for which a dense copy of ``L`` is made (1 GiB of float64)."""
@@ -89,8 +95,9 @@ def solve_triangle(
         to_generated: ``L``, shape ``(G, G)``, strictly lower triangular.
         right: the right side, shape ``(G,)`` or ``(G, K)``. It is not changed.
         transposed: solve with the transposed matrix.
-        method: ``"auto"`` takes the dense solve where at least `DENSE_FILL` of the
-            lower triangle is filled and ``L`` has at most `DENSE_ENTRIES` entries.
+        method: ``"auto"`` takes the dense solve for at most `DENSE_ROWS` rows, or where
+            at least `DENSE_FILL` of the lower triangle is filled (`DENSE_FILL_SPAN`
+            for a single right side) and ``L`` has at most `DENSE_ENTRIES` entries.
 
     Returns:
         ``X``, of the shape of ``right``, float64.
@@ -120,7 +127,8 @@ def solve_triangle(
     if right.size == 0:
         return np.zeros_like(right)
     if method == "auto":
-        method = "dense" if _dense_is_faster(lower) else "sparse"
+        several = right.ndim == 2 and right.shape[1] > 1
+        method = "dense" if _dense_is_faster(lower, several) else "sparse"
     solution: NDArray[np.float64]
     if method == "dense":
         solution = solve_triangular(
@@ -499,10 +507,12 @@ def _strictly_lower(to_generated: csr_array) -> csr_array:
     return lower
 
 
-def _dense_is_faster(lower: csr_array) -> bool:
+def _dense_is_faster(lower: csr_array, several: bool) -> bool:
     """Whether the dense solve is expected to beat the sparse one."""
     n_generated = lower.shape[0]
     entries = n_generated * n_generated
-    return entries <= DENSE_ENTRIES and bool(
-        lower.nnz >= DENSE_FILL * (entries - n_generated) / 2
+    fill = DENSE_FILL if several else DENSE_FILL_SPAN
+    return entries <= DENSE_ENTRIES and (
+        n_generated <= DENSE_ROWS
+        or bool(lower.nnz >= fill * (entries - n_generated) / 2)
     )

@@ -106,11 +106,24 @@ def test_sparse_and_dense_solve_agree(both, transposed, columns):
 
 
 @pytest.mark.parametrize(
-    ("fill", "limit", "method"),
-    [(1.0, 2**27, "dense"), (0.0, 2**27, "sparse"), (1.0, 99, "sparse")],
+    ("entries", "limit", "rows", "columns", "method"),
+    [
+        (45, 2**27, 0, None, "dense"),
+        (0, 2**27, 0, None, "sparse"),
+        (0, 2**27, 10, None, "dense"),
+        (45, 99, 10, None, "sparse"),
+        (2, 2**27, 0, None, "sparse"),
+        (2, 2**27, 0, 1, "sparse"),
+        (2, 2**27, 0, 2, "dense"),
+    ],
 )
-def test_method_follows_fill_and_size(fill, limit, method, monkeypatch):
-    """A filled triangle is solved densely, unless a dense copy would be too large."""
+def test_method_follows_fill_and_size(
+    entries, limit, rows, columns, method, monkeypatch
+):
+    """A small or filled triangle is solved densely, unless a copy would be too large.
+
+    The more right sides, the less fill it takes.
+    """
     called = []
     for name, kind in (("solve_triangular", "dense"), ("spsolve_triangular", "sparse")):
         original = getattr(solve, name)
@@ -121,8 +134,12 @@ def test_method_follows_fill_and_size(fill, limit, method, monkeypatch):
 
         monkeypatch.setattr(solve, name, spy)
     monkeypatch.setattr(solve, "DENSE_ENTRIES", limit)
-    lower = csr_array(np.tril(np.full((10, 10), fill / 10), -1))
-    solve.throughput(lower, np.ones(10))
+    monkeypatch.setattr(solve, "DENSE_ROWS", rows)
+    filled = np.zeros((10, 10))
+    for row, column in zip(*np.tril_indices(10, -1), strict=True):
+        filled[row, column] = 0.1 * (np.count_nonzero(filled) < entries)
+    shape = 10 if columns is None else (10, columns)
+    solve.solve_triangle(csr_array(filled), np.ones(shape))
     assert called == [method]
 
 
