@@ -77,9 +77,9 @@ class CausalModel:
     def __init__(self, llm_attr: LLMAttributionObject) -> None:
         self.model: Any = llm_attr.model
         self.device = torch.device(llm_attr.device)
+        weights = self.model.parameters() if isinstance(self.model, nn.Module) else ()
         self.dtype: torch.dtype = next(
-            (p.dtype for p in self.model.parameters() if p.is_floating_point()),
-            torch.float32,
+            (p.dtype for p in weights if p.is_floating_point()), torch.float32
         )
         accepted = inspect.signature(self.model.forward).parameters
         self._accepted = set(accepted)

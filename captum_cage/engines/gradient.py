@@ -11,7 +11,7 @@ through earlier segments' last layer by keys and values alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -60,10 +60,10 @@ _TOGETHER = 64
 class _Path:
     """Points in the layer's space at which gradients are taken.
 
-    A row is ``sum_s weights[s] * grad(points[s]) * factors[s]``, summed over width.
+    A row is ``sum_s weights[s] * grad(points(s)) * factors[s]``, summed over width.
     """
 
-    points: Tensor  # (S, tokens, width)
+    points: Callable[[slice], Tensor]  # some of them, (some, tokens, width)
     weights: Tensor  # (S,)
     factors: Tensor  # (S or 1, tokens, width)
 
@@ -185,14 +185,18 @@ class _Passes:
         ones = here.new_ones(1)
         if isinstance(self._method, LayerGradientXActivation):
             factor = here if self._method.multiplies_by_inputs else here.new_ones(())
-            return _Path(here[None], ones, factor.expand(1, *here.shape))
+            return _Path(here[None].__getitem__, ones, factor.expand(1, *here.shape))
         if isinstance(self._method, LayerIntegratedGradients):
             there = self._at_layer(self._without(self._given_baselines()))
             alphas, weights = integration_points(
                 argument(self._task.llm_attr, self._task.kwargs, "method"),
                 argument(self._task.llm_attr, self._task.kwargs, "n_steps"),
             )
-            points = torch.stack([there + alpha * (here - there) for alpha in alphas])
+
+            def points(some: slice) -> Tensor:
+                found = [there + alpha * (here - there) for alpha in alphas[some]]
+                return torch.stack(found)
+
             factor = (
                 here - there if self._method.multiplies_by_inputs else here.new_ones(())
             )
@@ -212,16 +216,16 @@ class _Passes:
         drawn = given[_choices(len(given), count)].float()
         coefficients = torch.tensor(_coefficients(count)).float()[:, None]
         scaled = coefficients * torch.ones_like(drawn) + (1.0 - coefficients) * drawn
-        points, factors = [], []
+        found, factors = [], []
         for point, baseline in zip(scaled, drawn, strict=True):
-            points.append(self._at_layer(self._without(point[None])))
+            found.append(self._at_layer(self._without(point[None])))
             there = self._at_layer(self._without(baseline[None]))
             factors.append(here - there)
         factor = torch.stack(factors)
         if not self._method.multiplies_by_inputs:
             factor = torch.ones_like(factor)
         weights = here.new_full((count,), 1.0 / count)
-        return _Path(torch.stack(points), weights, factor)
+        return _Path(torch.stack(found).__getitem__, weights, factor)
 
     def _given_baselines(self) -> Tensor:
         """Indicators that the user gave, one column per attributed token."""
@@ -239,10 +243,6 @@ class _Passes:
         absent = torch.zeros(len(self._ids), dtype=torch.bool)
         absent[attributed] = indicator[0] != 1
         return torch.where(absent, self._absent, self._ids)
-
-    def _end(self, step: int) -> int:
-        """Number of tokens that the model must read to predict all of a unit."""
-        return self._prompt + self._task.range_of(step)[1] - 1
 
     def _plain_scores(self) -> tuple[float, float]:
         """Log-probabilities of the first and the last target in the whole text."""
@@ -371,11 +371,11 @@ class _Passes:
             length = self._prompt + targets[-1].stop - 1
             kept = (tuple(chunk), 0, np.zeros((len(chunk), length)))
         _, start, total = kept
-        while start < len(self._path.points):
+        while start < len(self._path.weights):
             most = self._fitting(total.shape[1])
             enough = _ENOUGH_TOKENS.get(self._model.device.type, 2**15)
             most = max(1, min(most, enough // total.shape[1]))
-            left = len(self._path.points) - start
+            left = len(self._path.weights) - start
             size = -(-left // -(-left // most))  # batches of about one size
             plan = self._best_plan(targets, size, most, left)
             try:
@@ -407,7 +407,7 @@ class _Passes:
         self, plan: _Plan, some: slice
     ) -> list[tuple[int, npt.NDArray[np.float64]]]:
         """The part of each target's scores that some points of the path give."""
-        points = self._path.points[some]
+        points = self._path.points(some)
         cache = DynamicCache() if plan.reads_on else None
         leaves: list[Tensor] = []
         found = []
@@ -446,7 +446,7 @@ class _Passes:
         path, targets = self._path, segment.targets
         weights = path.weights[some, None, None]
         factors = path.factors if len(path.factors) == 1 else path.factors[some]
-        size = len(path.points[some])
+        size = len(path.weights[some])
         copies = len(states) // size
         first, kept = targets[0].first, states.shape[1]
         slopes = self._model.slopes(

@@ -104,5 +104,6 @@ def bytes_per_token(model: Any, *, kept: bool = False) -> int:
     inner = getattr(config, "intermediate_size", None)
     inner = inner if isinstance(inner, int) else 4 * hidden
     layers = getattr(config, "num_hidden_layers", 24) if kept else 1
-    size = next((p.element_size() for p in model.parameters()), 4)
+    weights = model.parameters() if isinstance(model, torch.nn.Module) else ()
+    size = next((p.element_size() for p in weights), 4)
     return int(layers * (16 * hidden + 6 * inner) * size)

@@ -126,7 +126,6 @@ class SequenceScorer:
         with first_pass(), torch.no_grad():
             self.plain = self._verified_scores(plain)
         if stop == len(task.generated):
-            check_scores(self.plain, task.generated, task.llm_attr.tokenizer)
             task.kept["scores"] = self.plain
 
     @property
@@ -169,7 +168,7 @@ class SequenceScorer:
     def _plain_scores(self, plain: Any) -> Scores:
         keep = torch.arange(len(self._ids) - self._stop, len(self._ids))
         if not self._in_batches:
-            return self._whole(plain, 0)
+            return self._checked(self._whole(plain, 0))
         inputs = {"input_ids": self._ids[None].to(self._model.device)}
         cache = DynamicCache() if len(self._ids) > 1 else None
         try:
@@ -185,12 +184,16 @@ class SequenceScorer:
             states = self._model.states(inputs, keep, direct=True)
         if cache is not None:
             self._pairs = _pairs(cache, len(self._ids))
-        return self._numbers(states[0], self._targets)
+        return self._checked(self._numbers(states[0], self._targets))
+
+    def _checked(self, scores: Scores) -> Scores:
+        check_scores(scores, self._task.generated, self._task.llm_attr.tokenizer)
+        return scores
 
     def _numbers(self, states: Tensor, targets: Tensor) -> Scores:
         found = self._model.log_probabilities(states, targets)
         # Rounding may lift the log of a probability of one above zero.
-        numbers: Scores = found.double().clamp(max=0).cpu().numpy()
+        numbers: Scores = found.clamp(max=0).cpu().numpy()
         return numbers
 
     def _verify_prefix(self, scores: Scores) -> None:

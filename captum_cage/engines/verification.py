@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from captum_cage._model import text_config
 from captum_cage.causal import CausalModel, close_enough
@@ -61,6 +61,8 @@ def _code(model: CausalModel) -> tuple[Any, ...]:
 
 def found_out(model: CausalModel, length: int) -> Verdict | None:
     """The verdict on a model that holds for a text of this length, if there is one."""
+    if not isinstance(model.model, nn.Module):
+        return None
     code, verdict = _verdicts.get(model.model, (None, None))
     if verdict is None or code != _code(model) or verdict.length < length:
         return None
@@ -69,7 +71,8 @@ def found_out(model: CausalModel, length: int) -> Verdict | None:
 
 def remember(model: CausalModel, verdict: Verdict) -> None:
     """Keep a verdict for as long as the model lives."""
-    _verdicts[model.model] = (_code(model), verdict)
+    if isinstance(model.model, nn.Module):
+        _verdicts[model.model] = (_code(model), verdict)
 
 
 def check_length_dependence(model: Any, length: int) -> None:
