@@ -184,10 +184,10 @@ def test_a_random_engine_with_another_mean_fails(registered, model, tokenizer):
 
     inp = TextTokenInput("Ana has", tokenizer)
     llm_attr = LLMAttribution(MyDice(model), tokenizer)
-    registered(MyDice, Engine(sampled, by_row=False, random=True))
+    registered(MyDice, Engine(sampled, by_row=False))
     arguments = {"repeats": 16, "n_samples": 8}
     check_engine(llm_attr, inp, " Mia has", **arguments)
-    registered(MyDice, Engine(rows, by_row=False, random=True))
+    registered(MyDice, Engine(rows, by_row=False))
     with pytest.raises(
         AssertionError, match=r"unit 0, .* standard errors over 16 runs"
     ):

@@ -37,10 +37,8 @@ class Engine:
         unsuitable: function of a task that says, without a model call, why the engine
             cannot do it, or None if it can.
         by_row (bool): whether fewer rows cost less, beyond those after the last one.
-        random (bool): whether rows are random, as the loop's are.
     """
 
     rows: RowFunction
     unsuitable: Callable[[RowTask], str | None] = never
     by_row: bool = True
-    random: bool = False

@@ -32,8 +32,8 @@ from captum_cage.engines.memory import (
     bytes_per_token,
     first_pass,
     free_bytes,
+    half,
     memory_errors,
-    too_large,
 )
 from captum_cage.engines.verification import (
     Verdict,
@@ -373,7 +373,8 @@ class _Passes:
         _, start, total = kept
         while start < len(self._path.weights):
             most = self._fitting(total.shape[1])
-            enough = _ENOUGH_TOKENS.get(self._model.device.type, 2**15)
+            kind = self._model.device.type
+            enough = _ENOUGH_TOKENS.get(kind, _ENOUGH_TOKENS["cuda"])
             most = max(1, min(most, enough // total.shape[1]))
             left = len(self._path.weights) - start
             size = -(-left // -(-left // most))  # batches of about one size
@@ -382,11 +383,7 @@ class _Passes:
                 with memory_errors():
                     found = self._pass(plan, slice(start, start + size))
             except OutOfMemory as error:
-                if size * plan.copies == 1:
-                    raise too_large(error) from error
-                self._most = size * plan.copies // 2
-                if self._model.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._most = half(size * plan.copies, error, self._model.device)
                 continue
             for place, scores in found:
                 total[place, : len(scores)] += scores

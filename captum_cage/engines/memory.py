@@ -18,8 +18,8 @@ __all__ = [
     "bytes_per_token",
     "first_pass",
     "free_bytes",
+    "half",
     "memory_errors",
-    "too_large",
 ]
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -52,10 +52,23 @@ def first_pass() -> Iterator[None]:
         with memory_errors():
             yield
     except OutOfMemory as error:
-        raise too_large(error) from error
+        raise _too_large(error) from error
 
 
-def too_large(error: OutOfMemory) -> RuntimeError:
+def half(size: int, error: OutOfMemory, device: torch.device) -> int:
+    """Half of a batch that did not fit.
+
+    Raises:
+        RuntimeError: if it was a single sequence.
+    """
+    if size == 1:
+        raise _too_large(error) from error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return size // 2
+
+
+def _too_large(error: OutOfMemory) -> RuntimeError:
     """The error of a single sequence that does not fit."""
     return RuntimeError(
         complaint(

@@ -20,8 +20,8 @@ from captum_cage.engines.memory import (
     bytes_per_token,
     first_pass,
     free_bytes,
+    half,
     memory_errors,
-    too_large,
 )
 from captum_cage.engines.verification import (
     Verdict,
@@ -280,11 +280,7 @@ class SequenceScorer:
                 with memory_errors(), torch.no_grad():
                     found = self._pass(batch)
             except OutOfMemory as error:
-                if len(batch) == 1:
-                    raise too_large(error) from error
-                self._most = len(batch) // 2
-                if self._model.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._most = half(len(batch), error, self._model.device)
                 continue
             sequences = sequences[len(batch) :]
             yield from found

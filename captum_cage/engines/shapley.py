@@ -160,5 +160,5 @@ def _too_many(task: RowTask) -> str | None:
 
 EXACT_SHAPLEY = Engine(_exact_rows, unsuitable=_too_many, by_row=False)
 SAMPLED_SHAPLEY = Engine(
-    _sampled_rows, unsuitable=unsupported("n_samples"), by_row=False, random=True
+    _sampled_rows, unsuitable=unsupported("n_samples"), by_row=False
 )
