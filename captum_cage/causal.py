@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from captum_cage._captum import LLMAttributionObject
 from captum_cage._model import text_config
 
 __all__ = ["CausalModel", "Prefix", "close_enough"]
@@ -72,11 +71,16 @@ class CausalModel:
     The output layer is applied here, to chosen positions and in pieces, so that no
     pass holds logits of the vocabulary's width for the whole sequence. Models that
     change logits after that layer are found out, and asked for logits instead.
+
+    Args:
+        model: the model.
+        device (torch.device or str, optional): where its inputs go. Default: where the
+            model says that it is
     """
 
-    def __init__(self, llm_attr: LLMAttributionObject) -> None:
-        self.model: Any = llm_attr.model
-        self.device = torch.device(llm_attr.device)
+    def __init__(self, model: Any, device: torch.device | str | None = None) -> None:
+        self.model: Any = model
+        self.device = torch.device(device or getattr(model, "device", "cpu"))
         weights = self.model.parameters() if isinstance(self.model, nn.Module) else ()
         self.dtype: torch.dtype = next(
             (p.dtype for p in weights if p.is_floating_point()), torch.float32

@@ -26,6 +26,7 @@ __all__ = [
     "TokenIdsInput",
     "baseline_id",
     "empty_prompt",
+    "token_features",
     "token_ids",
 ]
 
@@ -728,6 +729,7 @@ class PrefixedInput(InterpretableInput):
         as_text_before: Sequence[int] | None = None,
     ) -> None:
         self._prompt = prompt
+        self._groups_given = source_groups
         self._source_groups = torch.from_numpy(_of_features(prompt, source_groups))
         self._prefix = torch.tensor([list(prefix)], dtype=torch.long)
         self._prefix_groups = torch.from_numpy(prefix_groups)
@@ -735,9 +737,24 @@ class PrefixedInput(InterpretableInput):
         self._baseline = baseline
         self._tokenizer = tokenizer
         self._scored = as_text_before
+        self._generated_groups = prefix_groups
         generated = int(prefix_groups.max(initial=-1)) + 1
         self.n_itp_features = n_sources + generated
         self.values = [str(number) for number in range(self.n_itp_features)]
+
+    @property
+    def token_features(self) -> tuple[list[int], npt.NDArray[np.int64]] | None:
+        """Ids, and the unit of each, -1 for none; None where units are no tokens."""
+        inp, groups = self._prompt.inp, self._groups_given
+        if self._prompt.feature_of_token is None:
+            if not isinstance(inp, TokenIdsInput):
+                return None
+            feature = inp.feature_of_token
+            groups = np.where(feature >= 0, groups[feature], FIXED)
+        generated = self._generated_groups
+        later = np.where(generated >= 0, generated + self._n_sources, FIXED)
+        ids = [*self._prompt.ids, *self._prefix[0].tolist()]
+        return ids, np.concatenate([groups, later])
 
     def to_tensor(self) -> Tensor:
         """Indicator of the units, all present. Shape ``(1, n_itp_features)``."""
@@ -770,6 +787,43 @@ class PrefixedInput(InterpretableInput):
         if isinstance(prompt, Tensor):
             return torch.cat([prompt, prefix.to(prompt.device)], dim=1)
         return extended_model_input(prompt, prefix)
+
+
+def token_features(
+    inp: InterpretableInput,
+) -> tuple[list[int], npt.NDArray[np.int64]]:
+    """Token ids of an input, and the feature of each.
+
+    Args:
+        inp (InterpretableInput): an input whose features are tokens or groups of them.
+
+    Returns:
+        tuple: the ids, and the feature of each, shape ``(tokens,)``, -1 for tokens that
+        are present and not attributed.
+
+    Raises:
+        TypeError: if the features of the input are something else.
+    """
+    found = None
+    if isinstance(inp, PrefixedInput):
+        found = inp.token_features
+    elif isinstance(inp, TokenIdsInput):
+        found = inp.inp_tensor[0].tolist(), inp.feature_of_token
+    elif isinstance(inp, TextTokenInput):
+        ids = inp.inp_tensor[0].tolist()
+        found = ids, _feature_of_token(inp.itp_mask, len(ids))
+    if found is None:
+        raise TypeError(
+            complaint(
+                "inp",
+                "its features must be tokens or groups of tokens, as those of a "
+                "TextTokenInput, TokenIdsInput or ChatTokenInput",
+                f"{type(inp).__name__} came",
+                "Use one of these, or a method that perturbs any input, such as "
+                "FeatureAblation.",
+            )
+        )
+    return found
 
 
 def empty_prompt() -> ValueError:

@@ -263,7 +263,7 @@ def log_probabilities(
         inputs = _model_inputs(llm_attr, prompt, generated)
         length = inputs["input_ids"].shape[1]
         keep = torch.arange(length - len(generated) - 1, length - 1)
-        model = CausalModel(llm_attr)
+        model = CausalModel(llm_attr.model, llm_attr.device)
         with torch.no_grad():
             states = model.states(inputs, keep, direct=True)
             found = model.log_probabilities(states[0], torch.tensor(list(generated)))

@@ -16,7 +16,7 @@ IDS = torch.tensor([[5, 9, 11, 4, 8, 30, 2, 7]])
 
 def read(model):
     """The model as the engines see it."""
-    return CausalModel(LLMAttribution(FeatureAblation(model), tiny_tokenizer()))
+    return CausalModel(model)
 
 
 @pytest.fixture

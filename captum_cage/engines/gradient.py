@@ -134,7 +134,7 @@ class _Passes:
         self._task = task
         self._method: Any = task.llm_attr.attr_method
         self._layer: nn.Module = self._method.layer
-        self._model = CausalModel(task.llm_attr)
+        self._model = CausalModel(task.llm_attr.model, task.llm_attr.device)
         self._prompt = len(task.prompt.ids)
         self._targets = torch.tensor(task.generated[:stop])
         # The last generated token is a target only.

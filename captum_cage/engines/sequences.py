@@ -104,7 +104,7 @@ class SequenceScorer:
     def __init__(self, task: RowTask, stop: int) -> None:
         self._task = task
         self._stop = stop
-        self._model = CausalModel(task.llm_attr)
+        self._model = CausalModel(task.llm_attr.model, task.llm_attr.device)
         self._input = task.prefixed_input(stop - 1)
         self._targets = torch.tensor(task.generated[:stop])
         self._pairs: list[tuple[Tensor, Tensor]] | None = None

@@ -1,0 +1,1 @@
+"""What the base methods of this package have in common."""
