@@ -149,12 +149,12 @@ def check_kwargs(llm_attr: LLMAttributionObject, kwargs: Mapping[str, Any]) -> N
             "wrong from transformers 5.3 on; without it they are right everywhere.",
             stacklevel=3,
         )
-    if isinstance(llm_attr.attr_method, LayerGradientShap):
+    if type(llm_attr.attr_method) is LayerGradientShap:
         warnings.warn(
             "LayerGradientShap: with text, Captum turns every input between 0 and 1 "
             "into the baseline token, so the gradient is taken at the baseline, "
             "n_samples has no effect and stdevs > 0 gives zeros. "
-            "LayerIntegratedGradients has no such defect.",
+            "captum_cage.methods.EmbeddingGradientShap has no such defect.",
             stacklevel=3,
         )
 
@@ -238,7 +238,7 @@ def attribute_unit(
     arguments = dict(kwargs)
     if "baselines" in arguments:
         arguments["baselines"] = _extended(arguments["baselines"], inp.n_itp_features)
-    elif isinstance(llm_attr.attr_method, LayerGradientShap):
+    elif type(llm_attr.attr_method) is LayerGradientShap:
         arguments["baselines"] = _all_absent
     known = _named_parameters(llm_attr.attribute)
     arguments.pop("use_cached_outputs", None)

@@ -80,7 +80,8 @@ class CausalModel:
 
     def __init__(self, model: Any, device: torch.device | str | None = None) -> None:
         self.model: Any = model
-        self.device = torch.device(device or getattr(model, "device", "cpu"))
+        where: Any = getattr(model, "device", "cpu") if device is None else device
+        self.device = torch.device(where)
         weights = self.model.parameters() if isinstance(self.model, nn.Module) else ()
         self.dtype: torch.dtype = next(
             (p.dtype for p in weights if p.is_floating_point()), torch.float32
@@ -187,8 +188,10 @@ class CausalModel:
         ]
         return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float64)
 
-    def _pieces(self, states: Tensor) -> list[tuple[int, Tensor]]:
-        size = max(1, _budget(self.device) // (_COPIES * self.vocabulary_bytes()))
+    def _pieces(
+        self, states: Tensor, copies: int = _COPIES
+    ) -> list[tuple[int, Tensor]]:
+        size = max(1, _budget(self.device) // (copies * self.vocabulary_bytes()))
         return [
             (start, states[start : start + size])
             for start in range(0, len(states), size)
@@ -207,7 +210,7 @@ class CausalModel:
         return self._head is not None
 
     def _log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
-        logits = states if self._head is None else self._head(states)
+        logits = self._logits(states)
         if logits.dtype != torch.float64:
             logits = logits.float()
         targets = targets.to(logits.device)
@@ -217,12 +220,80 @@ class CausalModel:
         total = (logits - peak).exp().sum(dim=1)
         return chosen[:, 0].double() - total.double().log()
 
-    def slopes(self, states: Tensor, targets: Tensor) -> Tensor:
+    def weighted_log_ratios(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Sum of a token's log-ratios to all tokens, weighed by its probability.
+
+        ``p(target) * sum_v [log p(target) - log p(v)]`` over the whole vocabulary.
+
+        Args:
+            states (Tensor): shape ``(n, width)``.
+            targets (Tensor): token ids, shape ``(n,)``.
+
+        Returns:
+            Tensor: shape ``(n,)``, float64.
+        """
+        found = states.new_zeros(len(states), dtype=torch.float64)
+        for start, part in self._pieces(states, copies=2 * _COPIES):
+            logs = self._logits(part).double().log_softmax(dim=1)
+            wanted = targets[start : start + len(part), None].to(logs.device)
+            own = logs.gather(1, wanted)[:, 0]
+            sums = logs.shape[1] * own - logs.sum(dim=1)
+            found[start : start + len(part)] = own.exp() * sums
+        return found
+
+    def divergences(self, states: Tensor, references: Tensor, which: Tensor) -> Tensor:
+        """Kullback-Leibler divergence of what follows states from what is expected.
+
+        ``sum_v p(v) * (log p(v) - log q(v))`` with ``p`` after the reference and ``q``
+        after the state, over the whole vocabulary.
+
+        Args:
+            states (Tensor): shape ``(n, width)``.
+            references (Tensor): shape ``(m, width)``.
+            which (Tensor): reference of each state, shape ``(n,)``.
+
+        Returns:
+            Tensor: shape ``(n,)``, float64, 0 or more but for rounding.
+        """
+        found = states.new_zeros(len(states), dtype=torch.float64)
+        # States of one reference side by side, so that its logits are made once.
+        order = which.to(states.device).argsort(stable=True)
+        for start, part in self._pieces(states[order], copies=2 * _COPIES):
+            chosen = order[start : start + len(part)]
+            wanted, own = which[chosen.to(which.device)].unique(return_inverse=True)
+            expected = self._logits(references[wanted.to(references.device)])
+            p = expected.double().log_softmax(dim=1)[own.to(expected.device)]
+            q = self._logits(part).double().log_softmax(dim=1)
+            terms = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)
+            found[chosen] = terms.sum(dim=1)
+        return found
+
+    def logits(self, states: Tensor, targets: Tensor) -> Tensor:
+        """Logit of a token after each state, shape ``(n,)``.
+
+        Args:
+            states (Tensor): shape ``(n, width)``.
+            targets (Tensor): token ids, shape ``(n,)``.
+        """
+        found = [
+            self._logits(part).gather(
+                1, targets[start : start + len(part), None].to(part.device)
+            )[:, 0]
+            for start, part in self._pieces(states)
+        ]
+        return torch.cat(found) if found else states.new_zeros(0)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        logits = states if self._head is None else self._head(states)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def slopes(self, states: Tensor, targets: Tensor, *, logit: bool = False) -> Tensor:
         """Gradient of each target's log-probability with respect to its own state.
 
         Args:
             states (Tensor): shape ``(n, width)``.
             targets (Tensor): token ids, shape ``(n,)``.
+            logit (bool, optional): take the target's logit instead. Default: ``False``
 
         Returns:
             Tensor: shape ``(n, width)``, of the states' type.
@@ -231,9 +302,8 @@ class CausalModel:
         for start, part in self._pieces(states.detach()):
             leaf = part.clone().requires_grad_()
             with torch.enable_grad():
-                scores = self._log_probabilities(
-                    leaf, targets[start : start + len(part)]
-                )
+                score = self.logits if logit else self._log_probabilities
+                scores = score(leaf, targets[start : start + len(part)])
                 # A token's score depends on its own state alone.
                 (slope,) = torch.autograd.grad(scores.sum(), leaf)
             slopes[start : start + len(part)] = slope

@@ -12,7 +12,7 @@ through earlier segments' last layer by keys and values alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,9 @@ from captum_cage.engines.verification import (
     score_at_end,
     verify,
 )
+from captum_cage.methods.attention_maps import AttentionXIntegratedGradients
+from captum_cage.methods.attnlrp import AttnLRP
+from captum_cage.methods.gradient_shap import EmbeddingGradientShap
 from captum_cage.task import RowTask
 
 __all__ = ["GRADIENT"]
@@ -52,7 +55,16 @@ _MEMORY_SHARE = 0.5
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
 # What starting the operations of one segment costs, in tokens that pass meanwhile.
 _START = {"cpu": 40, "cuda": 8192}
+# The same for a pass that takes many gradients at once, as a multiple.
+_START_TOGETHER = 3
 _MOST_SEGMENTS = 8
+_SIZES = (1, 2, 4, 8, 16, 32, 64)
+# Tokens times targets from which one backward pass for more of them is no faster.
+_ENOUGH_TOGETHER = {"cpu": 8192, "cuda": 65536}
+# Most bytes of attention weights that a pass keeps for gradients taken at once, and
+# how many such matrices the gradients of one layer take per target.
+_KEPT_ATTENTION = 2**30
+_ATTENTION_COPIES = 4
 _TOGETHER = 64
 
 
@@ -116,6 +128,8 @@ class _Plan:
     Attributes:
         segments (tuple[_Segment, ...]): read one after the other.
         copies (int): copies of the sequence, each of which carries another target.
+        together (int): targets whose gradients one backward pass takes, through one
+            and the same sequence.
         reads_on (bool): whether a segment is read on from those before it; otherwise
             each starts at the first token.
         cost (float): time, in tokens that pass meanwhile.
@@ -123,6 +137,7 @@ class _Plan:
 
     segments: tuple[_Segment, ...]
     copies: int
+    together: int
     reads_on: bool
     cost: float
 
@@ -134,6 +149,7 @@ class _Passes:
         self._task = task
         self._method: Any = task.llm_attr.attr_method
         self._layer: nn.Module = self._method.layer
+        self._lrp = isinstance(self._method, AttnLRP)
         self._model = CausalModel(task.llm_attr.model, task.llm_attr.device)
         self._prompt = len(task.prompt.ids)
         self._targets = torch.tensor(task.generated[:stop])
@@ -155,6 +171,11 @@ class _Passes:
                 verify(self._model, self._plain_scores()[0], at_end)
                 remember(self._model, Verdict(length, self._model.splits, None))
             self._path = self._points()
+        # One factor per target and token, where the method multiplies by something.
+        self._factors: npt.NDArray[np.float64] | None = None
+        if isinstance(self._method, AttentionXIntegratedGradients):
+            rows = self._method.attention(self._ids, self._targets)
+            self._factors = rows.double().cpu().numpy()
         self._reads_on: bool | None = None  # not known yet
         self._most = task.batch_size
 
@@ -203,7 +224,24 @@ class _Passes:
             # Captum keeps these weights in float32, whatever the model's type.
             sizes = torch.tensor(weights).float().to(here.device)
             return _Path(points, sizes, factor.expand(1, *here.shape))
+        if isinstance(self._method, EmbeddingGradientShap):
+            return self._drawn_points(here)
         return self._sampled_points(here)
+
+    def _drawn_points(self, here: Tensor) -> _Path:
+        """As GradientSHAP takes them, between embeddings of present and absent."""
+        given = self._given_baselines()
+        there = [self._at_layer(self._without(one)) for one in given[:, None]]
+        points, differences = self._method.draw(
+            here,
+            torch.stack(there),
+            argument(self._task.llm_attr, self._task.kwargs, "n_samples"),
+            argument(self._task.llm_attr, self._task.kwargs, "stdevs"),
+        )
+        if not self._method.multiplies_by_inputs:
+            differences = torch.ones_like(differences)
+        weights = here.new_full((len(points),), 1.0 / len(points))
+        return _Path(points.__getitem__, weights, differences)
 
     def _sampled_points(self, here: Tensor) -> _Path:
         """As LayerGradientShap takes them: each with a baseline from a distribution.
@@ -281,15 +319,15 @@ class _Passes:
         return close_enough(whole, split.double().cpu(), self._model.dtype)
 
     def _targets_of(self, chunk: Sequence[int]) -> list[_Target]:
-        """What gradients are taken of: each unit, or each token of a float64 model.
+        """What gradients are taken of: each unit, or each token where that matters.
 
         Many models compute norms in float32, through which gradients do not add up to
-        the last digits of float64.
+        the last digits of float64; and a method may weigh each token's gradients.
         """
         targets = []
         for place, step in enumerate(chunk):
             first, stop = self._task.range_of(step)
-            if self._model.dtype == torch.float64:
+            if self._factors is not None or self._model.dtype == torch.float64:
                 targets += [_Target(place, t, t + 1) for t in range(first, stop)]
             else:
                 targets.append(_Target(place, first, stop))
@@ -326,25 +364,53 @@ class _Passes:
         layers = getattr(text_config(self._model.model), "num_hidden_layers", 24)
         lighter = 1 - 0.8 / max(1, layers)
 
-        def plan(parts: int, copies: int) -> _Plan:
+        def plan(parts: int, copies: int, together: int) -> _Plan:
             segments = self._segments(targets, parts, reads_on)
             batch = points * copies
+            once = start if together == 1 else _START_TOGETHER * start
             cost = 0.0
             for number, segment in enumerate(segments):
                 own = segment.stop - segment.start
                 cost += batch * own + start
                 groups = -(-len(segment.targets) // copies)
-                starts = start * (number + 1 if reads_on else 1)
-                cost += groups * (batch * (own + segment.start * lighter) + starts)
-            return _Plan(segments, copies, reads_on, cost)
+                calls = -(-groups // together)
+                starts = once * (number + 1 if reads_on else 1)
+                pushed = batch * (own + segment.start * lighter)
+                cost += groups * pushed + calls * starts
+            return _Plan(segments, copies, together, reads_on, cost)
 
+        parts_tried = range(1, min(len(targets), _MOST_SEGMENTS) + 1)
+        sizes = [size for size in _SIZES if size <= len(targets)]
         plans = [
-            plan(parts, copies)
-            for parts in range(1, min(len(targets), _MOST_SEGMENTS) + 1)
-            for copies in (1, 2, 4, 8, 16, 32, 64)
-            if copies == 1 or (copies <= len(targets) and points * copies <= most)
+            plan(parts, copies, 1)
+            for parts in parts_tried
+            for copies in sizes
+            if copies == 1 or points * copies <= most
         ]
+        if self._lrp:
+            # Its attention is our own, through which many gradients can be taken.
+            length = targets[-1].stop + self._prompt
+            plans += [
+                plan(parts, 1, together)
+                for parts in parts_tried
+                for together in sizes
+                if 1 < together <= self._gradients_at_once(length)
+            ]
         return min(plans, key=lambda plan: plan.cost)
+
+    def _gradients_at_once(self, length: int) -> int:
+        """Targets whose gradients one backward pass may take; 1 for one by one."""
+        config = text_config(self._model.model)
+        heads = getattr(config, "num_attention_heads", 32)
+        layers = getattr(config, "num_hidden_layers", 24)
+        matrix = heads * length**2 * max(4, self._model.dtype.itemsize)
+        free = int(free_bytes(self._model.device) * _MEMORY_SHARE)
+        if layers * matrix > min(free, _KEPT_ATTENTION):
+            return 1
+        kind = self._model.device.type
+        enough = _ENOUGH_TOGETHER.get(kind, _ENOUGH_TOGETHER["cuda"])
+        fitting = min(free, _KEPT_ATTENTION) // (_ATTENTION_COPIES * matrix)
+        return max(1, min(enough // length, int(fitting)))
 
     def _best_plan(
         self, targets: Sequence[_Target], points: int, most: int, left: int
@@ -408,7 +474,12 @@ class _Passes:
         cache = DynamicCache() if plan.reads_on else None
         leaves: list[Tensor] = []
         found = []
-        with torch.enable_grad(), _without_parameters(self._model.model):
+        with ExitStack() as stack:
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_without_parameters(self._model.model))
+            if self._lrp:
+                batched = plan.together > 1
+                stack.enter_context(self._method.rules(self._ids, batched=batched))
             for segment in plan.segments:
                 if cache is None:
                     leaves.clear()
@@ -417,7 +488,7 @@ class _Passes:
                 states = self._states(segment, leaf, cache)
                 if segment.targets:
                     last = cache is None or segment is plan.segments[-1]
-                    found += self._backward(segment, states, leaves, some, last)
+                    found += self._backward(plan, segment, states, leaves, some, last)
         return found
 
     def _states(self, segment: _Segment, leaf: Tensor, cache: Any) -> Tensor:
@@ -434,6 +505,7 @@ class _Passes:
 
     def _backward(
         self,
+        plan: _Plan,
         segment: _Segment,
         states: Tensor,
         leaves: Sequence[Tensor],
@@ -444,38 +516,65 @@ class _Passes:
         weights = path.weights[some, None, None]
         factors = path.factors if len(path.factors) == 1 else path.factors[some]
         size = len(path.weights[some])
-        copies = len(states) // size
         first, kept = targets[0].first, states.shape[1]
         slopes = self._model.slopes(
             states[:size].detach().reshape(size * kept, -1),
             self._targets[first : first + kept].repeat(size),
+            logit=self._lrp,
         ).reshape(size, kept, -1)
         found = []
-        for start in range(0, len(targets), copies):
-            group = targets[start : start + copies]
-            upstream = torch.zeros_like(states)
-            for copy, target in enumerate(group):
+        step = plan.copies * plan.together
+        for start in range(0, len(targets), step):
+            group = targets[start : start + step]
+            upstream = states.new_zeros((plan.together, *states.shape))
+            for number, target in enumerate(group):
+                gradient, copy = divmod(number, plan.copies)
                 rows = slice(copy * size, (copy + 1) * size)
                 tokens = slice(target.first - first, target.stop - first)
-                upstream[rows, tokens] = slopes[:, tokens]
-            gradients = torch.autograd.grad(
-                states,
-                list(leaves),
-                upstream,
-                retain_graph=not last or start + copies < len(targets),
-                # A layer that mixes no positions after it gives earlier ones nothing.
-                allow_unused=True,
-                materialize_grads=True,
+                upstream[gradient, rows, tokens] = slopes[:, tokens]
+            gradients = _gradients(
+                states, leaves, upstream, not last or start + step < len(targets)
             )
-            gradient = torch.cat(gradients, dim=1)
-            length = gradient.shape[1]
-            for copy, target in enumerate(group):
-                part = gradient[copy * size : (copy + 1) * size] * weights
+            length = gradients.shape[2]
+            for number, target in enumerate(group):
+                gradient, copy = divmod(number, plan.copies)
+                rows = slice(copy * size, (copy + 1) * size)
+                part = gradients[gradient, rows] * weights
                 if len(factors) == 1:
                     part = part.sum(dim=0, keepdim=True)
                 scores = (part * factors[:, :length]).sum(dim=(0, 2))
-                found.append((target.place, scores.double().cpu().numpy()))
+                found.append((target.place, self._weighed(target, scores)))
         return found
+
+    def _weighed(self, target: _Target, scores: Tensor) -> npt.NDArray[np.float64]:
+        """Scores of the tokens, times what the method multiplies them by."""
+        found: npt.NDArray[np.float64] = scores.double().cpu().numpy()
+        if self._factors is not None:
+            found = found * self._factors[target.first, : len(found)]
+        return found
+
+
+def _gradients(
+    states: Tensor, leaves: Sequence[Tensor], upstream: Tensor, again: bool
+) -> Tensor:
+    """Gradients for several upstream ones, shape ``(several, B, tokens, width)``."""
+    together = len(upstream) > 1
+    found = torch.autograd.grad(
+        states,
+        list(leaves),
+        upstream if together else upstream[0],
+        retain_graph=again,
+        # A layer that mixes no positions after it gives earlier ones nothing.
+        allow_unused=True,
+        materialize_grads=not together,
+        is_grads_batched=together,
+    )
+    several = [
+        leaf.new_zeros((len(upstream), *leaf.shape)) if gradient is None else gradient
+        for leaf, gradient in zip(leaves, found, strict=True)
+    ]
+    whole = torch.cat(several, dim=-2)
+    return whole if together else whole[None]
 
 
 def _choices(count: int, size: int) -> list[int]:
@@ -538,7 +637,9 @@ def _unsuitable(task: RowTask) -> str | None:
             return "its baselines are not absent units"
     if task.kwargs.get("attribute_to_layer_input"):
         return "it attributes to the layer's input"
-    if task.kwargs.get("stdevs", 0) != 0:
+    if task.kwargs.get("stdevs", 0) != 0 and not isinstance(
+        method, EmbeddingGradientShap
+    ):
         return "it adds noise to indicators"
     return None
 

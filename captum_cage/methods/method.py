@@ -80,9 +80,7 @@ class TokenMethod(LayerGradientXActivation):
             Tensor: shape ``(T, n)``; zero after the position that a target follows.
         """
 
-    def attribute(  # type: ignore[override]
-        self, inputs: Tensor, additional_forward_args: Any = None
-    ) -> Tensor:
+    def attribute(self, inputs: Tensor, additional_forward_args: Any = None) -> Tensor:
         """The row of one token, as ``LLMGradientAttribution`` asks for it.
 
         Args:
@@ -150,9 +148,7 @@ class UnitMethod(FeatureAblation):
         found = self.effects(ids, feature_of_token, targets, **options)
         return torch.cat([found.sum(dim=0, keepdim=True), found])
 
-    def attribute(  # type: ignore[override]
-        self, inputs: Tensor, additional_forward_args: Any = None
-    ) -> Tensor:
+    def attribute(self, inputs: Tensor, additional_forward_args: Any = None) -> Tensor:
         """Effects of all features, as ``LLMAttribution`` asks for them.
 
         Args:
