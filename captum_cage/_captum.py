@@ -193,7 +193,10 @@ def check_shortest_row(llm_attr: LLMAttributionObject, shortest: int) -> None:
     Raises:
         ValueError: if a row is too short for the method.
     """
-    if isinstance(llm_attr.attr_method, Lime | KernelShap) and shortest < 2:
+    method = llm_attr.attr_method
+    fewest = 2 if isinstance(method, Lime | KernelShap) else 1
+    # Subclasses that fit something else say what they need.
+    if shortest < getattr(method, "fewest_units", fewest):
         raise ValueError(
             complaint(
                 base_method(llm_attr),

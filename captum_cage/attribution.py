@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 import transformers
 from captum.attr import Attribution as CaptumAttribution
-from captum.attr import InterpretableInput, TextTemplateInput
+from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_cage._captum import (
@@ -27,8 +27,8 @@ from captum_cage._captum import (
 from captum_cage._checks import complaint, one_of, shown, whole_number
 from captum_cage._version import __version__
 from captum_cage.graph import AttributionGraph, Normalization
-from captum_cage.inputs import Prompt, TokenIdsInput, baseline_id, token_ids
-from captum_cage.result import GraphAttributionResult, split_ranges
+from captum_cage.inputs import Prompt, baseline_id, target_ids
+from captum_cage.result import GraphAttributionResult
 from captum_cage.rows import check_task
 from captum_cage.scoring import (
     check_baseline,
@@ -46,9 +46,8 @@ from captum_cage.strategy import (
     StrategyName,
     fill,
 )
-from captum_cage.task import RowTask
-from captum_cage.text import read_tokens, special_ids
-from captum_cage.units import Granularity, Unit, Units, group_tokens, split_units
+from captum_cage.task import RowTask, text_units
+from captum_cage.units import Granularity, split_units
 
 __all__ = ["GraphContextAttribution"]
 
@@ -56,9 +55,6 @@ logger = logging.getLogger(__name__)
 
 NORMALIZATIONS = ("positive", "absolute", "signed")
 STRATEGIES = ("auto", "loop", "fused")
-
-# Tokens of the prompt in whose context the generated ones are read.
-_CONTEXT = 8
 
 
 class GraphContextAttribution(CaptumAttribution):
@@ -267,27 +263,7 @@ class GraphContextAttribution(CaptumAttribution):
                 "gen_args: must be None where target is given, since nothing is "
                 "generated. Leave one of them out."
             )
-        if isinstance(target, str):
-            # As Captum encodes a target.
-            encoded = self.llm_attr.tokenizer.encode(target, add_special_tokens=False)
-            ids = token_ids("target", encoded)
-        elif isinstance(target, Sequence | Tensor | np.ndarray):
-            ids = token_ids("target", target)
-        else:
-            raise TypeError(
-                complaint(
-                    "target",
-                    "must be a text, token ids or None",
-                    f"{shown(target)} came",
-                    "Pass the generated text, its ids, or None to generate.",
-                )
-            )
-        if not ids:
-            raise ValueError(
-                "target: must have a token, but it is empty. Pass the text to explain, "
-                "or None to generate one."
-            )
-        return ids
+        return target_ids(target, self.llm_attr.tokenizer)
 
     def _task(
         self,
@@ -297,24 +273,14 @@ class GraphContextAttribution(CaptumAttribution):
         kwargs: Mapping[str, Any],
     ) -> RowTask:
         tokenizer = self.llm_attr.tokenizer
-        context = list(prompt.ids[-_CONTEXT:])
-        text = read_tokens([*context, *generated], tokenizer).split(len(context))[1]
-        source_units, step_units = sides["source"], sides["generated"]
-        if sides["both"] is not None:
-            cut = len(prompt.text.text)
-            source_units, step_units = split_ranges(sides["both"], cut)
+        text, sources, steps = text_units(prompt, generated, sides, tokenizer)
         return RowTask(
             llm_attr=self.llm_attr,
             prompt=prompt,
             generated=tuple(generated),
             generated_text=text,
-            sources=_source_units(prompt, source_units),
-            steps=group_tokens(
-                text,
-                step_units,
-                generated=True,
-                special=np.isin(generated, list(special_ids(tokenizer))),
-            ),
+            sources=sources,
+            steps=steps,
             baseline=baseline_id(self.generated_baseline, prompt.inp, tokenizer),
             kwargs=dict(kwargs),
         )
@@ -406,60 +372,3 @@ def _check_batch_size(batch_size: int | None) -> None:
     if batch_size is not None:
         remedy = "Pass the number of sequences, or None to have it chosen."
         whole_number("batch_size", batch_size, minimum=1, remedy=remedy)
-
-
-def _source_units(prompt: Prompt, units: Any) -> Units:
-    """Source units from the tokens of a prompt, or its features as they are."""
-    inp = prompt.inp
-    if prompt.feature_of_token is not None:
-        return group_tokens(
-            prompt.text,
-            units,
-            generated=False,
-            attributed=prompt.feature_of_token >= 0,
-            special=prompt.special,
-            breaks=prompt.breaks,
-        )
-    if isinstance(units, list) and units:
-        raise ValueError(
-            complaint(
-                "units",
-                "ranges of the source text must group single tokens",
-                f"the features of this {type(inp).__name__} are larger than that",
-                "Leave out the ranges of the prompt: its features are its units.",
-            )
-        )
-    labels = _feature_labels(inp)
-    spans = _feature_spans(prompt)
-    found = tuple(
-        Unit(label, False, span) for label, span in zip(labels, spans, strict=True)
-    )
-    return Units(found, np.arange(len(found)))
-
-
-def _feature_labels(inp: InterpretableInput) -> list[str]:
-    values = [str(value) for value in inp.values]
-    if isinstance(inp, TextTemplateInput) and inp.mask is not None:
-        groups: list[list[str]] = [[] for _ in range(inp.n_itp_features)]
-        for value, feature in zip(values, inp.formatted_mask, strict=True):
-            groups[feature].append(value)
-        return [" … ".join(group) for group in groups]
-    if len(values) != inp.n_itp_features:
-        return [f"feature {number}" for number in range(inp.n_itp_features)]
-    return values
-
-
-def _feature_spans(prompt: Prompt) -> list[tuple[int, int] | None]:
-    """Range of each feature that is a stretch of tokens."""
-    inp = prompt.inp
-    spans: list[tuple[int, int] | None] = [None] * inp.n_itp_features
-    if isinstance(inp, TokenIdsInput):
-        for feature in range(inp.n_itp_features):
-            tokens = np.flatnonzero(inp.feature_of_token == feature)
-            if tokens[-1] - tokens[0] + 1 == len(tokens):
-                first, last = (
-                    prompt.text.offsets[tokens[0]],
-                    prompt.text.offsets[tokens[-1]],
-                )
-                spans[feature] = (first[0], last[1])
-    return spans

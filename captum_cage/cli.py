@@ -12,10 +12,11 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
 from enum import Enum
-from importlib.util import find_spec
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from textwrap import shorten
 from typing import Annotated, Any, TextIO
@@ -23,18 +24,11 @@ from typing import Annotated, Any, TextIO
 import torch
 import transformers
 import typer
-from captum.attr import (
-    FeatureAblation,
-    KernelShap,
-    LayerGradientXActivation,
-    LayerIntegratedGradients,
-    Lime,
-    LLMAttribution,
-    LLMGradientAttribution,
-    ShapleyValues,
-    ShapleyValueSampling,
-)
+from captum.attr import FeatureAblation, LLMAttribution
+from rich import box
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from captum_cage._captum import DEFAULT_GEN_ARGS
@@ -42,7 +36,17 @@ from captum_cage._checks import complaint
 from captum_cage._version import __version__
 from captum_cage.attribution import GraphContextAttribution
 from captum_cage.demo import load_demo, sample_problems
+from captum_cage.engines.registry import engine_names
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
+from captum_cage.methods.capability import Capability
+from captum_cage.methods.catalogue import (
+    accepted_inputs,
+    capabilities,
+    llm_attribution,
+    method_named,
+    missing_extra,
+    needs_argument,
+)
 from captum_cage.result import GraphAttributionResult
 from captum_cage.spans import Explain
 from captum_cage.terminal import TerminalView, harmless
@@ -282,6 +286,23 @@ NoProgressOption = Annotated[
 # --- output --------------------------------------------------------------------------
 
 
+def _check_writable(option: str, name: str | Path | None) -> None:
+    """Refuse a file that could not be written."""
+    if name is None or name == "-":
+        return
+    path = Path(name)
+    if path.is_dir() or not path.parent.is_dir():
+        came = "it is a folder" if path.is_dir() else "its folder does not exist"
+        raise ValueError(
+            complaint(
+                option,
+                "must name a file that can be written",
+                f"{str(path)!r} came and {came}",
+                "Name another file.",
+            )
+        )
+
+
 @dataclass(frozen=True)
 class _Output:
     """Where a result goes, and how much is said."""
@@ -296,20 +317,8 @@ class _Output:
 
     def __post_init__(self) -> None:
         """Refuse files that could not be written, before anything is computed."""
-        to_json = Path(self.json_file) if self.json_file not in (None, "-") else None
-        for option, path in (("--json", to_json), ("--save", self.save_file)):
-            if path is not None and (path.is_dir() or not path.parent.is_dir()):
-                came = (
-                    "it is a folder" if path.is_dir() else "its folder does not exist"
-                )
-                raise ValueError(
-                    complaint(
-                        option,
-                        "must name a file that can be written",
-                        f"{str(path)!r} came and {came}",
-                        "Name another file.",
-                    )
-                )
+        _check_writable("--json", self.json_file)
+        _check_writable("--save", self.save_file)
 
     @property
     def shows_progress(self) -> bool:
@@ -421,34 +430,6 @@ def _last_visible(result: GraphAttributionResult) -> int:
 # --- captum-cage explain -------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Method:
-    """A base method, and how many evaluations it can be told to take."""
-
-    captum_class: type[Any]
-    counted: str | None = None  # the argument that says how many
-    gradient: bool = False
-    needs: str | None = None  # an optional package
-    kwargs: tuple[tuple[str, Any], ...] = ()
-
-
-METHODS = {
-    "ablation": _Method(FeatureAblation),
-    "shapley-sampling": _Method(ShapleyValueSampling, "n_samples"),
-    "shapley": _Method(ShapleyValues),
-    "lime": _Method(Lime, "n_samples", needs="sklearn"),
-    "kernel-shap": _Method(KernelShap, "n_samples", needs="sklearn"),
-    "integrated-gradients": _Method(
-        LayerIntegratedGradients,
-        "n_steps",
-        gradient=True,
-        # All steps at once would be steps x tokens x vocabulary numbers.
-        kwargs=(("internal_batch_size", 8),),
-    ),
-    "gradient-x-activation": _Method(LayerGradientXActivation, gradient=True),
-}
-
-
 @app.command(
     help="Explain what a language model generates, or a text that you give.\n\n"
     "The model reads special tokens of the prompt, and in a chat everything around the "
@@ -527,7 +508,9 @@ def explain(
         str,
         typer.Option(
             "--method",
-            help=f"The base method: {', '.join(METHODS)}, or its Captum class.",
+            metavar="NAME",
+            help="The base method, by its name or its class; captum-cage methods lists "
+            "them.",
             rich_help_panel=_METHOD,
         ),
     ] = "ablation",
@@ -545,7 +528,7 @@ def explain(
             "--samples",
             show_default=False,
             min=1,
-            help="Samples per generated unit, for shapley-sampling, lime, kernel-shap.",
+            help="Samples, for the methods that count them.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -555,7 +538,17 @@ def explain(
             "--steps",
             show_default=False,
             min=1,
-            help="Steps of the integral, for integrated-gradients.",
+            help="Steps of the integral, for the methods that have one.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = None,
+    masked_lm: Annotated[
+        str | None,
+        typer.Option(
+            "--masked-lm",
+            show_default=False,
+            metavar="NAME_OR_PATH",
+            help="A masked language model, for the methods that write other words.",
             rich_help_panel=_METHOD,
         ),
     ] = None,
@@ -637,8 +630,8 @@ def explain(
 ) -> None:
     """Explain what a language model generates, or a text that you give."""
     output = _Output(top, paths, width, json_file, save, quiet, no_progress)
-    base = _chosen_method(method)
-    kwargs = _method_kwargs(base, samples, steps)
+    base, declared = _chosen_method(method, masked_lm)
+    options, kwargs = _counts(base, declared, samples, steps)
     span = _span(explain)
     if system is not None and not chat:
         raise ValueError(
@@ -663,13 +656,16 @@ def explain(
     if not output.shows_progress:
         transformers.utils.logging.disable_progress_bar()
     network, tokenizer = _load(model, place, dtype, trust_remote_code)
+    if masked_lm is not None:
+        output.note(f"loading {masked_lm}")
+        options |= _masked_lm(masked_lm, place, dtype, trust_remote_code)
     inp = _input(str(texts[0]), texts[2], chat, baseline, tokenizer)
-    name = base.captum_class.__name__
-    output.note(f"explaining with {name} on {place}, in {units.value} units")
+    output.note(f"explaining with {base.__name__} on {place}, in {units.value} units")
     transformers.set_seed(seed)
     start = time.perf_counter()
     cage = GraphContextAttribution(
-        _attribution_object(base, network, tokenizer), normalization=normalization.value
+        llm_attribution(base, network, tokenizer, **options),
+        normalization=normalization.value,
     )
     result = cage.attribute(
         inp,
@@ -693,51 +689,71 @@ def explain(
     output.write(result, time.perf_counter() - start)
 
 
-def _chosen_method(name: str) -> _Method:
-    for known, method in METHODS.items():
-        if name.lower() in (known, method.captum_class.__name__.lower()):
-            if method.needs is not None and find_spec(method.needs) is None:
-                raise ValueError(
-                    f"--method: {known} needs the package {method.needs}, which is not "
-                    f"installed. Run: pip install captum-cage[{method.needs}]"
-                )
-            return method
-    raise ValueError(
-        complaint(
-            "--method",
-            f"must be one of {', '.join(METHODS)}, or the name of its Captum class",
-            f"{name!r} came",
-            "Pass one of these.",
+def _chosen_method(name: str, masked_lm: str | None) -> tuple[type[Any], Capability]:
+    """The class of a base method, and what it declares; it has what it needs."""
+    try:
+        method, declared = method_named(name)
+    except ValueError as error:
+        raise ValueError(f"--{error}") from error
+    extra = missing_extra(declared)
+    if extra is not None:
+        raise ValueError(
+            f"--method: {declared.name} needs {', '.join(declared.needs)}, which is "
+            f"not installed. Run: pip install captum-cage[{extra}]"
         )
-    )
+    needed = needs_argument(method, "masked_lm")
+    if needed and masked_lm is None:
+        raise ValueError(
+            f"--masked-lm: {method.__name__} replaces words by those of a masked "
+            "language model and needs one. Pass its name, for example "
+            "--masked-lm FacebookAI/roberta-base."
+        )
+    if needed is None and masked_lm is not None:
+        takers = _names(lambda other, _: needs_argument(other, "masked_lm") is not None)
+        raise ValueError(
+            f"--masked-lm: {method.__name__} does not take it. It is for {takers}. "
+            "Leave it out, or choose another --method."
+        )
+    return method, declared
 
 
-def _method_kwargs(
-    method: _Method, samples: int | None, steps: int | None
-) -> dict[str, Any]:
-    kwargs = dict(method.kwargs)
-    given = (("--samples", "n_samples", samples), ("--steps", "n_steps", steps))
-    for option, argument, count in given:
+def _names(fits: Callable[[type[Any], Capability], bool]) -> str:
+    """Names of the methods that fit, or that there is none."""
+    found = [known[1].name for known in capabilities() if fits(*known)]
+    return ", ".join(found) or "none of the methods"
+
+
+def _counts_by(option: str, _: type[Any], declared: Capability) -> bool:
+    """Whether an option says how many evaluations a method takes."""
+    return _counting_option(declared.counted) == option
+
+
+def _counting_option(argument: str | None) -> str | None:
+    """The option that says how many evaluations a method takes."""
+    if argument is None:
+        return None
+    return "--steps" if argument == "n_steps" else "--samples"
+
+
+def _counts(
+    method: type[Any], declared: Capability, samples: int | None, steps: int | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of a method's constructor, and of its ``attribute``."""
+    options: dict[str, Any] = {}
+    taken = signature(method.attribute).parameters
+    # All steps at once would be steps x tokens x vocabulary numbers.
+    kwargs = {"internal_batch_size": 8} if "internal_batch_size" in taken else {}
+    for option, count in (("--samples", samples), ("--steps", steps)):
         if count is None:
             continue
-        if argument != method.counted:
-            name = method.captum_class.__name__
-            takers = (k for k, m in METHODS.items() if m.counted == argument)
+        if declared.counted is None or not _counts_by(option, method, declared):
+            takers = _names(partial(_counts_by, option))
             raise ValueError(
-                f"{option}: {name} does not take it. It is for {', '.join(takers)}. "
+                f"{option}: {method.__name__} does not take it. It is for {takers}. "
                 "Leave it out, or choose another --method."
             )
-        kwargs[argument] = count
-    return kwargs
-
-
-def _attribution_object(
-    method: _Method, model: Any, tokenizer: Any
-) -> LLMAttribution | LLMGradientAttribution:
-    if method.gradient:
-        embeddings = model.get_input_embeddings()
-        return LLMGradientAttribution(method.captum_class(model, embeddings), tokenizer)
-    return LLMAttribution(method.captum_class(model), tokenizer)
+        (kwargs if declared.counted in taken else options)[declared.counted] = count
+    return options, kwargs
 
 
 def _span(text: str | None) -> Explain:
@@ -812,35 +828,60 @@ def _load(
     name: str, place: str, dtype: _Dtype, trust_remote_code: bool
 ) -> tuple[Any, Any]:
     """A model in evaluation mode, and its tokenizer."""
-    number_type: Any = None if dtype is _Dtype.auto else getattr(torch, dtype.value)
-    if number_type is None and place == "cpu":
-        number_type = torch.float32
+    number_type = _number_type(dtype, place)
     model: Any
     if name == DEMO:
         model, tokenizer = load_demo()
     else:
-        model, tokenizer = _load_pretrained(name, number_type, trust_remote_code)
+        # By attribute: transformers imports it, and much more, at its first use.
+        kind = transformers.AutoModelForCausalLM
+        model, tokenizer = _load_pretrained(
+            name, number_type, trust_remote_code, "--model", kind
+        )
     return model.to(device=place, dtype=number_type).eval(), tokenizer
 
 
+def _number_type(dtype: _Dtype, place: str) -> Any:
+    """The type of a model's parameters; None for its own."""
+    if dtype is _Dtype.auto:
+        return torch.float32 if place == "cpu" else None
+    return getattr(torch, dtype.value)
+
+
+def _masked_lm(
+    name: str, place: str, dtype: _Dtype, trust_remote_code: bool
+) -> dict[str, Any]:
+    """A masked language model and its tokenizer, as options of a base method."""
+    number_type = _number_type(dtype, place)
+    kind = transformers.AutoModelForMaskedLM
+    model, tokenizer = _load_pretrained(
+        name, number_type, trust_remote_code, "--masked-lm", kind
+    )
+    model = model.to(device=place, dtype=number_type).eval()
+    return {"masked_lm": model, "masked_tokenizer": tokenizer}
+
+
 def _load_pretrained(
-    name: str, number_type: torch.dtype | None, trust_remote_code: bool
+    name: str,
+    number_type: torch.dtype | None,
+    trust_remote_code: bool,
+    option: str,
+    kind: Any,
 ) -> tuple[Any, Any]:
     if name.startswith((".", "/", "~")):
         name = str(Path(name).expanduser())
         if not Path(name).is_dir():
-            raise ValueError(f"--model: there is no folder {name!r}. Check the path.")
+            raise ValueError(f"{option}: there is no folder {name!r}. Check the path.")
     # Its name until transformers 4.55.
     version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
     argument = "dtype" if version >= (4, 56) else "torch_dtype"
     loading: dict[str, Any] = {argument: number_type or "auto"}
     loading["trust_remote_code"] = trust_remote_code
     try:
-        # By attribute: transformers imports these, and much more, at their first use.
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code
         )
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, **loading)
+        model = kind.from_pretrained(name, **loading)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         # The first sentences say what is wrong; pages of advice may follow.
         reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
@@ -848,7 +889,7 @@ def _load_pretrained(
         if "trust_remote_code" in str(error):
             remedy = "If you trust it, pass --trust-remote-code."
         raise ValueError(
-            f"--model: {name!r} could not be loaded. {remedy} "
+            f"{option}: {name!r} could not be loaded. {remedy} "
             f"transformers says: {reason}"
         ) from error
     return model, tokenizer
@@ -876,6 +917,74 @@ def _absent(tokenizer: Any) -> int:
         if found is not None:
             return int(found)
     return 0
+
+
+# --- captum-cage methods -------------------------------------------------------------
+
+
+@app.command(
+    help="List the base methods that captum-cage explain takes.\n\n"
+    "P stands for the units of the prompt, G for those of the generated text.",
+    epilog=(
+        "Examples:\n\n"
+        "captum-cage methods\n\n"
+        "captum-cage methods --json - | python -m json.tool"
+    ),
+)
+def methods(
+    json_file: JsonOption = None,
+    width: WidthOption = None,
+) -> None:
+    """List the base methods that captum-cage explain takes."""
+    _check_writable("--json", json_file)
+    if json_file is not None:
+        text = json.dumps([_declaration(*known) for known in capabilities()]) + "\n"
+        if json_file == "-":
+            sys.stdout.write(text)
+            return
+        Path(json_file).write_text(text, encoding="utf-8")
+    table = Table("method", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("what it measures, what it costs, what it takes")
+    for method, declared in capabilities():
+        about = Text(declared.summary)
+        about.append(f"\n{_cost(method, declared)}", style="italic")
+        about.append(f"; {'; '.join(_remarks(declared))}", style="dim")
+        table.add_row(Text(declared.name, style="bold"), about)
+    console = _console(width)
+    console.print(table)
+    console.print("P, G: number of units in the prompt and in the generated text.")
+
+
+def _cost(method: type[Any], declared: Capability) -> str:
+    """What all rows cost."""
+    if method.__name__ in engine_names():
+        return declared.cost
+    return f"{declared.cost}, row by row"
+
+
+def _remarks(declared: Capability) -> list[str]:
+    """What one must know before choosing a method, in a few words."""
+    remarks = [", ".join(accepted_inputs(declared))]
+    if declared.random:
+        remarks.append("random")
+    if not declared.signed:
+        remarks.append("unsigned")
+    if (option := _counting_option(declared.counted)) is not None:
+        remarks.append(f"takes {option}")
+    if declared.needs:
+        remarks.append(f"needs {', '.join(declared.needs)}")
+    return remarks
+
+
+def _declaration(method: type[Any], declared: Capability) -> dict[str, Any]:
+    """What is known of a base method, for JSON."""
+    return {
+        **asdict(declared),
+        "class": method.__name__,
+        "inputs": accepted_inputs(declared),
+        "engine": method.__name__ in engine_names(),
+        "installed": missing_extra(declared) is None,
+    }
 
 
 # --- captum-cage show ----------------------------------------------------------------

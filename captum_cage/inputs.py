@@ -26,6 +26,7 @@ __all__ = [
     "TokenIdsInput",
     "baseline_id",
     "empty_prompt",
+    "target_ids",
     "token_features",
     "token_ids",
 ]
@@ -80,6 +81,39 @@ def token_ids(where: str, ids: Any) -> list[int]:
                 )
             )
     return [int(value) for value in values]
+
+
+def target_ids(target: str | Sequence[int] | Tensor, tokenizer: Any) -> list[int]:
+    """Ids of a generated text that is given.
+
+    Args:
+        target (str or Sequence[int] or Tensor): the text or its ids.
+        tokenizer: encodes a text, as Captum does.
+
+    Raises:
+        TypeError: if it is neither text nor ids.
+        ValueError: if it is empty.
+    """
+    if isinstance(target, str):
+        encoded = tokenizer.encode(target, add_special_tokens=False)
+        ids = token_ids("target", encoded)
+    elif isinstance(target, Sequence | Tensor | np.ndarray):
+        ids = token_ids("target", target)
+    else:
+        raise TypeError(
+            complaint(
+                "target",
+                "must be a text, token ids or None",
+                f"{shown(target)} came",
+                "Pass the generated text, its ids, or None to generate.",
+            )
+        )
+    if not ids:
+        raise ValueError(
+            "target: must have a token, but it is empty. Pass the text to explain, "
+            "or None to generate one."
+        )
+    return ids
 
 
 class TokenIdsInput(TextTokenInput):

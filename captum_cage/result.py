@@ -23,7 +23,14 @@ from captum_cage.graph import AttributionGraph
 from captum_cage.solve import Path
 from captum_cage.spans import Explain, explained_units
 from captum_cage.text import Span, TokenText
-from captum_cage.units import Granularity, Unit, Units, group_tokens, split_units
+from captum_cage.units import (
+    Granularity,
+    Unit,
+    Units,
+    group_tokens,
+    split_ranges,
+    split_units,
+)
 
 __all__ = ["FORMAT_VERSION", "GraphAttributionResult", "TextPath"]
 
@@ -494,27 +501,6 @@ class GraphAttributionResult(LLMAttributionResult):
             AssertionError,  # of Captum's result, where a shape does not fit
         ) as error:
             raise _not_a_result(path) from error
-
-
-def split_ranges(ranges: Any, cut: int) -> tuple[list[Span], list[Span]]:
-    """Ranges in the whole text, as ranges in the source and in the generated text.
-
-    Raises:
-        ValueError: if a range reaches across the end of the prompt.
-    """
-    for start, stop in ranges:
-        if start < cut < stop:
-            raise ValueError(
-                complaint(
-                    "units",
-                    f"a range must not reach across the end of the prompt, at {cut}",
-                    f"({start}, {stop}) came",
-                    "Cut it in two.",
-                )
-            )
-    left = [(start, stop) for start, stop in ranges if stop <= cut]
-    right = [(start - cut, stop - cut) for start, stop in ranges if start >= cut]
-    return left, right
 
 
 def _indicator(units: Units) -> npt.NDArray[np.float64]:

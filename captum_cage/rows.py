@@ -18,6 +18,7 @@ from captum_cage._captum import (
 )
 from captum_cage._checks import complaint
 from captum_cage.inputs import PrefixedInput, TokenIdsInput, text_before
+from captum_cage.methods.capability import Capability
 from captum_cage.task import RowTask
 from captum_cage.text import decode
 
@@ -34,16 +35,11 @@ def check_task(task: RowTask) -> None:
     """
     check_shortest_row(task.llm_attr, len(task.sources))
     kind = family(task.llm_attr)
+    declared = getattr(task.llm_attr.attr_method, "capability", None)
+    if isinstance(declared, Capability):
+        _check_capability(task, declared)
     if kind == "gradient" and not task.reads_tokens:
-        raise TypeError(
-            complaint(
-                "inp",
-                f"{base_method(task.llm_attr)} attributes to tokens and needs a "
-                "TextTokenInput, TokenIdsInput or ChatTokenInput",
-                f"{type(task.prompt.inp).__name__} came",
-                "Use one of these, or a perturbation method such as FeatureAblation.",
-            )
-        )
+        raise _needs_tokens(task)
     if kind == "remote":
         _check_remote(task)
     if (
@@ -59,6 +55,46 @@ def check_task(task: RowTask) -> None:
                 "is 'prob' and the input is more than ids",
                 "larger units came",
                 "Use attr_target='log_prob', which adds up over a unit's tokens.",
+            )
+        )
+
+
+def _needs_tokens(task: RowTask) -> TypeError:
+    return TypeError(
+        complaint(
+            "inp",
+            f"{base_method(task.llm_attr)} attributes to tokens and needs a "
+            "TextTokenInput, TokenIdsInput or ChatTokenInput",
+            f"{type(task.prompt.inp).__name__} came",
+            "Use one of these, or a perturbation method such as FeatureAblation.",
+        )
+    )
+
+
+def _check_capability(task: RowTask, declared: Capability) -> None:
+    """Refuse what a base method says that it cannot do."""
+    method = base_method(task.llm_attr)
+    if family(task.llm_attr) == "remote" and not declared.remote:
+        raise TypeError(
+            complaint(
+                "llm_attr",
+                f"{method} needs the model itself",
+                f"it came in a {type(task.llm_attr).__name__}, whose model is remote",
+                "Wrap it in LLMAttribution, or use a method that perturbs text, such "
+                "as FeatureAblation.",
+            )
+        )
+    if declared.tokens_only and not task.reads_tokens:
+        raise _needs_tokens(task)
+    target = getattr(task.llm_attr, "attr_target", "log_prob")
+    if target != "log_prob" and not declared.probabilities:
+        raise ValueError(
+            complaint(
+                "attr_target",
+                f"must be 'log_prob' for {method}",
+                f"{target!r} came",
+                "Leave it out, or use a method that attributes probabilities, such as "
+                "FeatureAblation.",
             )
         )
 

@@ -8,14 +8,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from captum.attr import InterpretableInput, TextTemplateInput
 
 from captum_cage._captum import LLMAttributionObject
 from captum_cage._checks import complaint
 from captum_cage.inputs import PrefixedInput, Prompt, TokenIdsInput
-from captum_cage.text import TokenText, decode
-from captum_cage.units import FIXED, Units
+from captum_cage.text import TokenText, decode, read_tokens, special_ids
+from captum_cage.units import FIXED, Unit, Units, group_tokens, split_ranges
 
-__all__ = ["RowTask", "check_scores"]
+__all__ = ["RowTask", "check_scores", "text_units"]
+
+# Tokens of the prompt in whose context the generated ones are read.
+_CONTEXT = 8
 
 
 def check_scores(
@@ -146,3 +150,89 @@ class RowTask:
             self.llm_attr.tokenizer,
             as_text_before=as_text_before,
         )
+
+
+def text_units(
+    prompt: Prompt, generated: Sequence[int], sides: Mapping[str, Any], tokenizer: Any
+) -> tuple[TokenText, Units, Units]:
+    """The generated text, and the units of prompt and generated text.
+
+    Args:
+        prompt (Prompt): the prompt.
+        generated (Sequence[int]): ids of the generated text.
+        sides (Mapping): the granularity of each side, as ``split_units`` gives it.
+        tokenizer: the tokenizer of the ids.
+
+    Raises:
+        ValueError: if ranges do not fit the text.
+    """
+    context = list(prompt.ids[-_CONTEXT:])
+    text = read_tokens([*context, *generated], tokenizer).split(len(context))[1]
+    source_units, step_units = sides["source"], sides["generated"]
+    if sides["both"] is not None:
+        cut = len(prompt.text.text)
+        source_units, step_units = split_ranges(sides["both"], cut)
+    steps = group_tokens(
+        text,
+        step_units,
+        generated=True,
+        special=np.isin(generated, list(special_ids(tokenizer))),
+    )
+    return text, _source_units(prompt, source_units), steps
+
+
+def _source_units(prompt: Prompt, units: Any) -> Units:
+    """Source units from the tokens of a prompt, or its features as they are."""
+    inp = prompt.inp
+    if prompt.feature_of_token is not None:
+        return group_tokens(
+            prompt.text,
+            units,
+            generated=False,
+            attributed=prompt.feature_of_token >= 0,
+            special=prompt.special,
+            breaks=prompt.breaks,
+        )
+    if isinstance(units, list) and units:
+        raise ValueError(
+            complaint(
+                "units",
+                "ranges of the source text must group single tokens",
+                f"the features of this {type(inp).__name__} are larger than that",
+                "Leave out the ranges of the prompt: its features are its units.",
+            )
+        )
+    labels = _feature_labels(inp)
+    spans = _feature_spans(prompt)
+    found = tuple(
+        Unit(label, False, span) for label, span in zip(labels, spans, strict=True)
+    )
+    return Units(found, np.arange(len(found)))
+
+
+def _feature_labels(inp: InterpretableInput) -> list[str]:
+    values = [str(value) for value in inp.values]
+    if isinstance(inp, TextTemplateInput) and inp.mask is not None:
+        groups: list[list[str]] = [[] for _ in range(inp.n_itp_features)]
+        for value, feature in zip(values, inp.formatted_mask, strict=True):
+            groups[feature].append(value)
+        return [" … ".join(group) for group in groups]
+    if len(values) != inp.n_itp_features:
+        return [f"feature {number}" for number in range(inp.n_itp_features)]
+    return values
+
+
+def _feature_spans(prompt: Prompt) -> list[tuple[int, int] | None]:
+    """Range of each feature that is a stretch of tokens."""
+    inp = prompt.inp
+    spans: list[tuple[int, int] | None] = [None] * inp.n_itp_features
+    if isinstance(inp, TokenIdsInput):
+        for feature in range(inp.n_itp_features):
+            tokens = np.flatnonzero(inp.feature_of_token == feature)
+            if tokens[-1] - tokens[0] + 1 == len(tokens):
+                first, last = (
+                    prompt.text.offsets[tokens[0]],
+                    prompt.text.offsets[tokens[-1]],
+                )
+                spans[feature] = (first[0], last[1])
+    return spans

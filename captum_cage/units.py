@@ -12,9 +12,18 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from captum_cage._checks import complaint
 from captum_cage.text import Span, TokenText, sentence_spans, shifted, word_spans
 
-__all__ = ["Granularity", "Segments", "Unit", "Units", "group_tokens", "split_units"]
+__all__ = [
+    "Granularity",
+    "Segments",
+    "Unit",
+    "Units",
+    "group_tokens",
+    "split_ranges",
+    "split_units",
+]
 
 Segments: TypeAlias = Callable[[str], Iterable[Span]]
 Granularity: TypeAlias = str | Segments | Sequence[Span] | Mapping[str, object]
@@ -94,6 +103,27 @@ def split_units(units: Granularity) -> dict[str, Any]:
     if isinstance(checked, list):
         return {"source": None, "generated": None, "both": checked}
     return {"source": checked, "generated": checked, "both": None}
+
+
+def split_ranges(ranges: Sequence[Span], cut: int) -> tuple[list[Span], list[Span]]:
+    """Ranges in the whole text, as ranges in the source and in the generated text.
+
+    Raises:
+        ValueError: if a range reaches across the end of the prompt.
+    """
+    for start, stop in ranges:
+        if start < cut < stop:
+            raise ValueError(
+                complaint(
+                    "units",
+                    f"a range must not reach across the end of the prompt, at {cut}",
+                    f"({start}, {stop}) came",
+                    "Cut it in two.",
+                )
+            )
+    left = [(start, stop) for start, stop in ranges if stop <= cut]
+    right = [(start - cut, stop - cut) for start, stop in ranges if start >= cut]
+    return left, right
 
 
 def _checked(units: object, side: str) -> str | Segments | list[Span]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from captum.attr import FeatureAblation, LLMAttribution
 from transformers import DynamicCache
 
 from captum_cage import causal
@@ -69,6 +68,55 @@ def test_pieces_give_the_same_scores(model, monkeypatch):
         assert torch.allclose(
             passes.slopes(states, IDS[0]), read(model).slopes(states, IDS[0])
         )
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_divergences_are_those_of_plain_passes(either, monkeypatch, budget):
+    """Of each state from its own reference, however few logits are held at once."""
+    if budget is not None:
+        monkeypatch.setitem(causal._LOGIT_BYTES, "cpu", budget)
+    passes = read(either)
+    which = torch.tensor([2, 0, 2, 1])
+    with torch.no_grad():
+        references = passes.states({"input_ids": IDS}, torch.tensor([3, 5, 6]))[0]
+        states = passes.states({"input_ids": IDS.flip(1)}, torch.arange(4))[0]
+        found = passes.divergences(states, references, which)
+        p = either(input_ids=IDS).logits[0, [3, 5, 6]].double().log_softmax(dim=-1)
+        q = either(input_ids=IDS.flip(1)).logits[0, :4].double().log_softmax(dim=-1)
+    expected = torch.nn.functional.kl_div(
+        q, p[which], log_target=True, reduction="none"
+    ).sum(dim=-1)
+    assert found.dtype == torch.float64
+    assert expected.max() > 0.1
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+def test_tokens_that_cannot_come_leave_a_divergence_finite(model):
+    """A probability of zero contributes nothing."""
+    logits = torch.tensor([[0.0, 1.0, -torch.inf]], dtype=torch.float64)
+    passes = read(model)
+    passes.assume(False)
+    other = torch.tensor([[1.0, 0.0, 0.0]], dtype=torch.float64)
+    found = passes.divergences(other, logits, torch.tensor([0]))
+    p, q = logits.softmax(dim=1)[0, :2], other.softmax(dim=1)[0, :2]
+    assert float(found) == pytest.approx(float((p * (p / q).log()).sum()))
+
+
+@pytest.mark.parametrize("budget", [None, 1])
+def test_weighted_log_ratios_are_those_of_plain_passes(either, monkeypatch, budget):
+    """``p(y)`` times the sum of its log-ratios to all tokens."""
+    if budget is not None:
+        monkeypatch.setitem(causal._LOGIT_BYTES, "cpu", budget)
+    passes = read(either)
+    targets = torch.tensor([3, 7, 300])
+    with torch.no_grad():
+        states = passes.states({"input_ids": IDS}, torch.tensor([0, 3, 6]))[0]
+        found = passes.weighted_log_ratios(states, targets)
+        logs = either(input_ids=IDS).logits[0, [0, 3, 6]].double().log_softmax(dim=-1)
+    for row, target in enumerate(targets.tolist()):
+        own = logs[row, target]
+        expected = own.exp() * sum(own - other for other in logs[row])
+        assert float(found[row]) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_no_logits_of_the_whole_sequence_are_made(model, monkeypatch):

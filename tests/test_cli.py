@@ -16,15 +16,25 @@ from captum.attr import (
     LLMGradientAttribution,
     ShapleyValueSampling,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    set_seed,
+)
 from typer.testing import CliRunner
 
-from captum_cage import cli
+from captum_cage import cli, methods
 from captum_cage._version import __version__
 from captum_cage.attribution import GraphContextAttribution
 from captum_cage.demo import sample_problems
+from captum_cage.engines.registry import engine_names
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
+from captum_cage.methods import Capability, UnitMethod, catalogue
+from captum_cage.methods.catalogue import capabilities
 from captum_cage.result import GraphAttributionResult
+from tiny import tiny_tokenizer
 
 PROMPT = "Ana has 3 pens. Mia has 4 more pens than Ana."
 TARGET = " Mia has 3 + 4 = 7 pens. The answer is 7."
@@ -87,7 +97,7 @@ class TestProgram:
         assert (done.exit_code, done.stdout) == (0, f"captum-cage {__version__}\n")
         assert done.stderr == ""
 
-    @pytest.mark.parametrize("command", ["", "demo", "explain", "show"])
+    @pytest.mark.parametrize("command", ["", "demo", "explain", "methods", "show"])
     def test_help_has_examples(self, command):
         """For the program and for every command."""
         done = run(*command.split(), "--help")
@@ -226,6 +236,62 @@ def in_python(folder, inp=None, make=None, target=TARGET, **options):
     return cage.attribute(inp, target=target, **options)
 
 
+def offer_refilled(monkeypatch, *, needs_masked_lm=True):
+    """Offer one more method; the arguments that its objects are made with."""
+    made = []
+
+    class Refilled(UnitMethod):
+        capability = Capability(
+            name="refilled",
+            summary="nothing",
+            source="nobody",
+            wrapper="perturbation",
+            cost="none",
+            needs=("a masked language model",),
+            counted="tries",
+        )
+
+        def effects(self, ids, feature_of_token, targets, **options):
+            del ids, options
+            return torch.ones((len(targets), int(feature_of_token.max()) + 1))
+
+    def needing(self, model, masked_lm, masked_tokenizer, tries=1):
+        UnitMethod.__init__(self, model)
+        made.append(
+            {
+                "masked_lm": masked_lm,
+                "masked_tokenizer": masked_tokenizer,
+                "tries": tries,
+            }
+        )
+
+    def plain(self, model, tries=1):
+        needing(self, model, None, None, tries)
+
+    Refilled.__init__ = needing if needs_masked_lm else plain
+    monkeypatch.setattr(methods, "Refilled", Refilled, raising=False)
+    monkeypatch.setattr(methods, "__all__", [*methods.__all__, "Refilled"])
+    return made
+
+
+@pytest.fixture(scope="session")
+def masked(tmp_path_factory):
+    """A small masked language model on disk."""
+    path = tmp_path_factory.mktemp("masked")
+    tokenizer = tiny_tokenizer("wordpiece")
+    tokenizer.add_special_tokens({"mask_token": "[MASK]"})
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+    )
+    BertForMaskedLM(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
 class TestExplain:
     """captum-cage explain."""
 
@@ -275,10 +341,65 @@ class TestExplain:
         """An unknown name is refused before the model is loaded."""
         done = explain(folder, "--method", "guess")
         assert done.exit_code == 2
+        names = ", ".join(declared.name for _, declared in capabilities())
         assert done.stderr == (
-            "captum-cage: error: --method: must be one of ablation, shapley-sampling, "
-            "shapley, lime, kernel-shap, integrated-gradients, gradient-x-activation, "
-            "or the name of its Captum class, but 'guess' came. Pass one of these.\n"
+            f"captum-cage: error: --method: must be one of {names}, or the name of its "
+            "class, but 'guess' came. Pass one of these.\n"
+        )
+
+    def test_counts_may_go_to_the_constructor(self, folder, monkeypatch):
+        """Where ``attribute`` does not take them."""
+        seen = offer_refilled(monkeypatch, needs_masked_lm=False)
+        done = explain(folder, "--method", "refilled", "--samples", "7")
+        assert done.exit_code == 0
+        assert [made["tries"] for made in seen] == [7]
+
+    def test_a_masked_language_model_is_passed_on(self, folder, masked, monkeypatch):
+        """With its tokenizer, ready to use, of the type that was asked for."""
+        seen = offer_refilled(monkeypatch)
+        arguments = ["--method", "refilled", "--masked-lm", masked]
+        done = explain(folder, *arguments, "--dtype", "bfloat16")
+        assert done.exit_code == 0
+        assert f"captum-cage: loading {masked}" in done.stderr
+        (made,) = seen
+        assert type(made["masked_lm"]) is BertForMaskedLM
+        assert made["masked_lm"].dtype is torch.bfloat16
+        assert not made["masked_lm"].training
+        assert made["masked_tokenizer"].mask_token == "[MASK]"
+
+    def test_a_masked_language_model_that_is_missing(self, folder, monkeypatch):
+        """It is asked for before the model is loaded."""
+        offer_refilled(monkeypatch)
+        done = explain(folder, "--method", "refilled")
+        assert done.exit_code == 2
+        assert done.stderr.startswith("captum-cage: error: --masked-lm: Refilled repl")
+
+    def test_a_masked_language_model_that_nobody_needs(self, folder, monkeypatch):
+        """The methods that take one are named."""
+        offer_refilled(monkeypatch)
+        done = explain(folder, "--masked-lm", "bert")
+        assert done.exit_code == 2
+        assert done.stderr.startswith(
+            "captum-cage: error: --masked-lm: FeatureAblation does not take it. It is "
+            "for "
+        )
+        assert "refilled" in done.stderr
+
+    def test_a_masked_language_model_that_cannot_be_loaded(self, folder, monkeypatch):
+        """The option is named."""
+        offer_refilled(monkeypatch)
+        done = explain(folder, "--method", "refilled", "--masked-lm", "/nowhere")
+        assert done.exit_code == 2
+        assert "error: --masked-lm: there is no folder '/nowhere'." in done.stderr
+
+    def test_a_package_that_is_missing(self, folder, monkeypatch):
+        """The extra that brings it is named before the model is loaded."""
+        monkeypatch.setattr(catalogue, "find_spec", lambda _: None)
+        done = explain(folder, "--method", "lime")
+        assert done.exit_code == 2
+        assert done.stderr == (
+            "captum-cage: error: --method: lime needs scikit-learn, which is not "
+            "installed. Run: pip install captum-cage[sklearn]\n"
         )
 
     def test_a_chat_goes_through_the_template(self, folder, tokenizer):
@@ -379,17 +500,26 @@ class TestExplain:
     def test_the_type_of_numbers_can_be_chosen(self, dtype, folder, monkeypatch):
         """It is the type of the model's parameters."""
         seen = []
-        known = cli.LLMAttribution
+        known = cli.llm_attribution
         monkeypatch.setattr(
             cli,
-            "LLMAttribution",
-            lambda method, tokenizer: (
-                seen.append(method.forward_func.dtype),
-                known(method, tokenizer),
+            "llm_attribution",
+            lambda method, model, tokenizer: (
+                seen.append(model.dtype),
+                known(method, model, tokenizer),
             )[1],
         )
         assert explain(folder, "--dtype", dtype).exit_code == 0
         assert seen == [getattr(torch, dtype)]
+
+
+def sampling():
+    """Names of the methods that count samples."""
+    return ", ".join(
+        declared.name
+        for _, declared in capabilities()
+        if declared.counted not in (None, "n_steps")
+    )
 
 
 def errors(name):
@@ -415,12 +545,12 @@ def errors(name):
         "no chat": ({"more": ["--system", "x"]}, "--system: is a message of a chat"),
         "samples": (
             {"more": ["--samples", "3"]},
-            "--samples: FeatureAblation does not take it. It is for shapley-sampling, "
-            "lime, kernel-shap. Leave it out, or choose another --method.",
+            f"--samples: FeatureAblation does not take it. It is for {sampling()}. "
+            "Leave it out, or choose another --method.",
         ),
         "steps": (
             {"more": ["--steps", "3", "--method", "lime"]},
-            "--steps: Lime does not take it. It is for integrated-gradients.",
+            "--steps: Lime does not take it. It is for integrated-gradients",
         ),
         "too many units": (
             {"more": ["--method", "shapley", "--units", "token"]},
@@ -510,6 +640,55 @@ class TestErrors:
         assert "\x1b" not in done.stderr
         assert done.stderr.count("captum-cage: error") == 1
         assert done.stderr.splitlines()[-1].startswith("captum-cage: error")
+
+
+class TestMethods:
+    """captum-cage methods."""
+
+    def test_every_method_is_listed(self):
+        """By its name, with what it measures and costs; what it needs, if anything."""
+        done = run("methods")
+        assert (done.exit_code, done.stderr) == (0, "")
+        told = one_line(done.stdout)
+        for method, declared in capabilities():
+            assert declared.name in told
+            about = told.split(f" {declared.name} ", 1)[1]
+            assert about.startswith(declared.summary)
+            cost = about.removeprefix(declared.summary).lstrip()
+            assert cost.startswith(declared.cost)
+            slow = cost.removeprefix(declared.cost).startswith(", row by row")
+            assert slow is (method.__name__ not in engine_names())
+        assert "lime" in told
+        assert told.count("needs scikit-learn") >= 2
+
+    @pytest.mark.parametrize("width", [60, 80, 120])
+    def test_it_fits_the_width(self, width):
+        """No name of a method is broken; no line is longer."""
+        lines = run("methods", "--width", width).stdout.splitlines()
+        assert max(map(len, lines)) <= width
+        names = {declared.name for _, declared in capabilities()}
+        assert names <= {line.split()[0] for line in lines if line.strip()}
+
+    def test_as_json(self, tmp_path):
+        """All that is declared, and whether there is an engine."""
+        done = run("methods", "--json", "-")
+        found = json.loads(done.stdout)
+        assert [entry["name"] for entry in found] == [d.name for _, d in capabilities()]
+        for entry, (method, declared) in zip(found, capabilities(), strict=True):
+            assert entry["class"] == method.__name__
+            assert entry["engine"] is (method.__name__ in engine_names())
+            assert entry["inputs"] == list(catalogue.accepted_inputs(declared))
+            assert entry["needs"] == list(declared.needs)
+        file = tmp_path / "methods.json"
+        done = run("methods", "--json", file)
+        assert json.loads(file.read_text()) == found
+        assert "what it measures" in done.stdout
+
+    def test_a_file_that_cannot_be_written(self, tmp_path):
+        """As with the other commands."""
+        done = run("methods", "--json", tmp_path / "none" / "x.json")
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert "error: --json: must name a file that can be written" in done.stderr
 
 
 class TestShow:

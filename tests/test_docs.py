@@ -4,6 +4,8 @@ A block that cannot run here stands below a comment that says why, and the test 
 repeats it::
 
     <!-- skip: needs a model of 16 GB -->
+
+The tables of docs/methods.md are written by ``python tests/test_docs.py``.
 """
 
 import re
@@ -19,6 +21,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from captum_cage.cli import main
+from captum_cage.engines.registry import engine_names
+from captum_cage.methods.catalogue import markdown_table, unsupported_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
@@ -81,7 +85,7 @@ def command_cases():
         ):
             reason = block.skip
             if command.startswith("captum-cage") and not re.search(
-                r"\bdemo\b|--help|--version", command
+                r"\b(demo|methods)\b|--help|--version", command
             ):
                 reason = reason or f"{command} needs a model that is not in the package"
             marks = (
@@ -157,3 +161,33 @@ def test_relative_links_lead_somewhere(page):
     """No link within the project is dead."""
     relative = [link for link in links(page) if not re.match(r"[a-z]+:", link)]
     assert [link for link in relative if not leads_somewhere(page, link)] == []
+
+
+# --- the tables of base methods ------------------------------------------------------
+
+METHODS_PAGE = ROOT / "docs" / "methods.md"
+
+
+def with_tables(text):
+    """A page with its tables of base methods as they are declared."""
+    tables = {
+        "methods": markdown_table(engine_names()),
+        "unsupported": unsupported_table(),
+    }
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->\n"
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}{table}{end}{after}"
+    return text
+
+
+def test_the_tables_of_base_methods_are_what_the_methods_declare():
+    """Each method's row, and what is refused."""
+    page = METHODS_PAGE.read_text(encoding="utf-8")
+    assert page == with_tables(page), "Run: python tests/test_docs.py"
+
+
+if __name__ == "__main__":
+    old = METHODS_PAGE.read_text(encoding="utf-8")
+    METHODS_PAGE.write_text(with_tables(old), encoding="utf-8")

@@ -21,8 +21,24 @@ from captum_cage._checks import complaint, shown
 from captum_cage.engines.ablation import ABLATION
 from captum_cage.engines.engine import Engine, RowFunction
 from captum_cage.engines.gradient import GRADIENT
+from captum_cage.engines.probing import CONTEXT_LENGTH, WEIGHTED_RATIO
 from captum_cage.engines.regression import REGRESSION
 from captum_cage.engines.shapley import EXACT_SHAPLEY, SAMPLED_SHAPLEY
+from captum_cage.engines.subsets import SUBSETS
+from captum_cage.engines.suppression import SUPPRESSION
+from captum_cage.engines.tokens import TOKENS
+from captum_cage.methods.attention_maps import (
+    AttentionRollout,
+    AttentionXIntegratedGradients,
+    MeanAttention,
+    ValueWeightedAttention,
+)
+from captum_cage.methods.attnlrp import AttnLRP
+from captum_cage.methods.flow import IFR
+from captum_cage.methods.gradient_shap import EmbeddingGradientShap
+from captum_cage.methods.probing import ContextLengthProbing, WeightedLogRatio
+from captum_cage.methods.subsets import CLime, ContextCite, LShap
+from captum_cage.methods.suppression import AttentionSuppression
 from captum_cage.task import RowTask
 
 __all__ = ["engine_names", "find_engine", "register_engine"]
@@ -38,6 +54,19 @@ _engines: dict[type, Engine] = {
     LayerIntegratedGradients: GRADIENT,
     LayerGradientXActivation: GRADIENT,
     LayerGradientShap: GRADIENT,
+    AttentionRollout: TOKENS,
+    AttentionXIntegratedGradients: GRADIENT,
+    AttentionSuppression: SUPPRESSION,
+    AttnLRP: GRADIENT,
+    EmbeddingGradientShap: GRADIENT,
+    IFR: TOKENS,
+    MeanAttention: TOKENS,
+    ValueWeightedAttention: TOKENS,
+    ContextLengthProbing: CONTEXT_LENGTH,
+    WeightedLogRatio: WEIGHTED_RATIO,
+    CLime: SUBSETS,
+    LShap: SUBSETS,
+    ContextCite: SUBSETS,
 }
 
 

@@ -97,6 +97,11 @@ class SequenceScorer:
         task (RowTask): what to explain.
         stop (int): number of generated tokens to score.
 
+    Attributes:
+        model (CausalModel): the model.
+        ids (Tensor): what it reads of the plain text, on the host, shape ``(n,)``.
+        plain (numpy.ndarray): scores in the plain text, shape ``(stop,)``.
+
     Raises:
         Unsuitable: if the model scores a token otherwise in a longer text.
     """
@@ -104,14 +109,14 @@ class SequenceScorer:
     def __init__(self, task: RowTask, stop: int) -> None:
         self._task = task
         self._stop = stop
-        self._model = CausalModel(task.llm_attr.model, task.llm_attr.device)
+        self.model = CausalModel(task.llm_attr.model, task.llm_attr.device)
         self._input = task.prefixed_input(stop - 1)
         self._targets = torch.tensor(task.generated[:stop])
         self._pairs: list[tuple[Tensor, Tensor]] | None = None
         self._prefix: Prefix | None = None
         self._prefix_length = 0
         self._most = task.batch_size
-        self._free = free_bytes(self._model.device)
+        self._free = free_bytes(self.model.device)
         self._in_batches = task.prompt.takes_ids_alone
         self._several = type(task.prompt.inp) in (
             TextTokenInput,
@@ -120,9 +125,9 @@ class SequenceScorer:
         )
         plain = self._input.to_model_input()
         ids: Any = plain["input_ids"] if isinstance(plain, Mapping) else plain
-        self._ids: Tensor = ids[0].cpu()
+        self.ids: Tensor = ids[0].cpu()
         # Captum reads the last target, too.
-        check_length_dependence(self._model.model, len(self._ids) + 1)
+        check_length_dependence(self.model.model, len(self.ids) + 1)
         with first_pass(), torch.no_grad():
             self.plain = self._verified_scores(plain)
         if stop == len(task.generated):
@@ -148,32 +153,32 @@ class SequenceScorer:
         """Scores of the plain text, by a model that is known to suit."""
         if not self._in_batches:
             return self._plain_scores(plain)
-        length = len(self._ids)
-        known = found_out(self._model, length)
+        length = len(self.ids)
+        known = found_out(self.model, length)
         if known is None:
-            at_end = score_at_end(self._model, self._ids, self._targets)
+            at_end = score_at_end(self.model, self.ids, self._targets)
             scores = self._plain_scores(plain)
-            verify(self._model, float(scores[0]), at_end)
+            verify(self.model, float(scores[0]), at_end)
         else:
-            self._model.assume(known.splits)
+            self.model.assume(known.splits)
             scores = self._plain_scores(plain)
         if known is None or known.reuses is None:
             self._verify_prefix(scores)
-            found = Verdict(length, self._model.splits, self.reuses_prefix)
-            remember(self._model, found)
+            found = Verdict(length, self.model.splits, self.reuses_prefix)
+            remember(self.model, found)
         elif not known.reuses:
             self._pairs = None
         return scores
 
     def _plain_scores(self, plain: Any) -> Scores:
-        keep = torch.arange(len(self._ids) - self._stop, len(self._ids))
+        keep = torch.arange(len(self.ids) - self._stop, len(self.ids))
         if not self._in_batches:
             return self._checked(self._whole(plain, 0))
-        inputs = {"input_ids": self._ids[None].to(self._model.device)}
-        cache = DynamicCache() if len(self._ids) > 1 else None
+        inputs = {"input_ids": self.ids[None].to(self.model.device)}
+        cache = DynamicCache() if len(self.ids) > 1 else None
         try:
             with memory_errors():
-                states = self._model.states(inputs, keep, cache=cache, direct=True)
+                states = self.model.states(inputs, keep, cache=cache, direct=True)
         except OutOfMemory:
             raise
         except Exception:
@@ -181,9 +186,9 @@ class SequenceScorer:
                 raise
             # A model without such a cache, or with another one.
             cache = None
-            states = self._model.states(inputs, keep, direct=True)
+            states = self.model.states(inputs, keep, direct=True)
         if cache is not None:
-            self._pairs = _pairs(cache, len(self._ids))
+            self._pairs = _pairs(cache, len(self.ids))
         return self._checked(self._numbers(states[0], self._targets))
 
     def _checked(self, scores: Scores) -> Scores:
@@ -191,7 +196,7 @@ class SequenceScorer:
         return scores
 
     def _numbers(self, states: Tensor, targets: Tensor) -> Scores:
-        found = self._model.log_probabilities(states, targets)
+        found = self.model.log_probabilities(states, targets)
         # Rounding may lift the log of a probability of one above zero.
         numbers: Scores = found.clamp(max=0).cpu().numpy()
         return numbers
@@ -200,13 +205,13 @@ class SequenceScorer:
         """Compare the last plain score with one from the keys and values before it."""
         if self._pairs is None:
             return
-        late = len(self._ids) - max(1, len(self._ids) // 8)
-        ids = self._ids[None, late:].to(self._model.device)
+        late = len(self.ids) - max(1, len(self.ids) // 8)
+        ids = self.ids[None, late:].to(self.model.device)
         keep = torch.tensor([ids.shape[1] - 1])
         try:
             with memory_errors():
-                states = self._model.states(
-                    {"input_ids": ids}, keep, cache=self._shared(late), direct=True
+                states = self.model.states(
+                    {"input_ids": ids}, keep, cache=self.prefix(late), direct=True
                 )
         except OutOfMemory:
             raise
@@ -215,7 +220,7 @@ class SequenceScorer:
             return
         reused = self._numbers(states[0], self._targets[-1:])
         plain = torch.from_numpy(scores[-1:])
-        if not close_enough(plain, torch.from_numpy(reused), self._model.dtype):
+        if not close_enough(plain, torch.from_numpy(reused), self.model.dtype):
             self._pairs = None
 
     def scores(
@@ -259,7 +264,7 @@ class SequenceScorer:
         for one, row in zip(some, rows, strict=True):
             stop = self._stop if one.stop is None else one.stop
             row = row[: len(row) - self._stop + stop]
-            plain = self._ids[: len(self._ids) - self._stop + stop]
+            plain = self.ids[: len(self.ids) - self._stop + stop]
             same = 0
             if self._pairs is not None or len(row) == len(plain):
                 shorter = min(len(row), len(plain))
@@ -280,7 +285,7 @@ class SequenceScorer:
                 with memory_errors(), torch.no_grad():
                     found = self._pass(batch)
             except OutOfMemory as error:
-                self._most = half(len(batch), error, self._model.device)
+                self._most = half(len(batch), error, self.model.device)
                 continue
             sequences = sequences[len(batch) :]
             yield from found
@@ -289,13 +294,13 @@ class SequenceScorer:
         """Number of sequences in the next batch, at least 1."""
         if self._task.batch_size is not None and self._most is not None:
             return self._most
-        kind = self._model.device.type
+        kind = self.model.device.type
         start = sequences[0].same
         pushed = max(1, sequences[0].length - start)
         enough = _ENOUGH_TOKENS.get(kind, _ENOUGH_TOKENS["cuda"]) // pushed
         size = min(enough, self._fitting(start, pushed))
         if self._pairs is not None:
-            size = min(size, int(_BATCH_SHARE * len(self._ids)))
+            size = min(size, int(_BATCH_SHARE * len(self.ids)))
         if self._most is not None:
             size = min(size, self._most)
         return max(1, size)
@@ -303,19 +308,19 @@ class SequenceScorer:
     def _fitting(self, start: int, pushed: int) -> int:
         """Sequences that fit into the free memory."""
         free = self._free * _MEMORY_SHARE
-        if self._model.device.type == "cpu":
+        if self.model.device.type == "cpu":
             free = min(free, _MOST_HOST_BYTES)
-        each = pushed * bytes_per_token(self._model.model)
+        each = pushed * bytes_per_token(self.model.model)
         if self._pairs is not None:
             keys = self._pairs[0][0]
             token = 2 * keys.shape[1] * keys.shape[3] * keys.element_size()
             each += 2 * (start + pushed) * token
-        config = getattr(self._model.model, "config", None)
+        config = getattr(self.model.model, "config", None)
         if getattr(config, "_attn_implementation", "") == "eager":
             heads = getattr(config, "num_attention_heads", 1)
             each += 3 * heads * pushed * (start + pushed) * 4
-        if not self._model.splits:
-            each += 3 * self._stop * self._model.vocabulary_bytes()
+        if not self.model.splits:
+            each += 3 * self._stop * self.model.vocabulary_bytes()
         return int(free // max(each, 1))
 
     def _pass(self, batch: Sequence[_Sequence]) -> list[tuple[int, Scores]]:
@@ -325,7 +330,7 @@ class SequenceScorer:
         ids = torch.zeros((len(batch), longest - start), dtype=torch.long)
         rows, places, targets, firsts = [], [], [], []
         for row, sequence in enumerate(batch):
-            between = self._ids[start : sequence.same]
+            between = self.ids[start : sequence.same]
             ids[row, : sequence.length - start] = torch.cat([between, sequence.ids])
             # State at `place` predicts the token after it.
             place = sequence.length - sequence.stop - start
@@ -337,10 +342,10 @@ class SequenceScorer:
             targets.append(self._targets[first : sequence.stop])
         position = torch.cat(places)
         keep = torch.arange(int(position.min()), int(position.max()) + 1)
-        states = self._model.states(
-            {"input_ids": ids.to(self._model.device)},
+        states = self.model.states(
+            {"input_ids": ids.to(self.model.device)},
             keep,
-            cache=self._shared(start),
+            cache=self.prefix(start),
             direct=True,
         )
         picked = states[
@@ -357,7 +362,8 @@ class SequenceScorer:
             found.append((sequence.number, scores))
         return found
 
-    def _shared(self, length: int) -> Prefix | None:
+    def prefix(self, length: int) -> Prefix | None:
+        """Keys and values of the plain text's first tokens; None if of no use."""
         if self._pairs is None or length == 0:
             return None
         if self._prefix is None or self._prefix_length != length:
@@ -368,7 +374,7 @@ class SequenceScorer:
     def _whole(self, model_input: Any, first: int) -> Scores:
         """Scores by one pass over one input that is more than ids."""
         inputs = {
-            name: value.to(self._model.device) if isinstance(value, Tensor) else value
+            name: value.to(self.model.device) if isinstance(value, Tensor) else value
             for name, value in model_input.items()
         }
         ids = inputs["input_ids"]
@@ -376,7 +382,7 @@ class SequenceScorer:
             raise empty_prompt()
         inputs["attention_mask"] = torch.ones_like(ids)
         keep = torch.arange(ids.shape[1] - self._stop + first, ids.shape[1])
-        states = self._model.states(inputs, keep, direct=True)
+        states = self.model.states(inputs, keep, direct=True)
         numbers = self._numbers(states[0], self._targets[first:])
         if not first:
             return numbers

@@ -17,13 +17,14 @@ from captum_cage._model import text_config
 from captum_cage.causal import CausalModel, close_enough
 
 try:
-    from transformers import AttentionMaskInterface
+    from transformers import AttentionMaskInterface as _Masks
 except ImportError:  # transformers before 4.53 makes masks in each model
-    AttentionMaskInterface = None
+    _Masks: Any = None  # type: ignore[no-redef]
 
 __all__ = [
     "AttentionFunction",
     "AttentionInputs",
+    "attended",
     "attention_layers",
     "attention_weights",
     "replaced_attention",
@@ -94,6 +95,8 @@ def attention_weights(
     start: int = 0,
     stop: int | None = None,
     keys: int | None = None,
+    *,
+    allowed: Tensor | None = None,
 ) -> Tensor:
     """Attention weights of some queries, as the model's own layer computes them.
 
@@ -102,6 +105,8 @@ def attention_weights(
         start (int, optional): the first query. Default: ``0``
         stop (int, optional): the query after the last. Default: all
         keys (int, optional): number of keys that come into question. Default: all
+        allowed (Tensor, optional): which keys each query may attend to, bool.
+            Default: as in the model
 
     Returns:
         Tensor: shape ``(B, heads, some, keys)``, of at least float32.
@@ -110,9 +115,15 @@ def attention_weights(
     scores = scores * inputs.scaling
     if inputs.softcap is not None:
         scores = torch.tanh(scores / inputs.softcap) * inputs.softcap
-    allowed = inputs.allowed(start, stop)[..., :keys]
+    if allowed is None:
+        allowed = inputs.allowed(start, stop)[..., :keys]
     scores = scores.masked_fill(~allowed, float("-inf"))
     return torch.softmax(scores, dim=-1, dtype=inputs.softmax_type)
+
+
+def attended(inputs: AttentionInputs) -> Tensor:
+    """The heads' outputs, by matrix products that several gradients can go through."""
+    return attention_weights(inputs).to(inputs.value.dtype) @ inputs.value
 
 
 @contextmanager
@@ -156,8 +167,8 @@ def replaced_attention(model: nn.Module, function: AttentionFunction) -> Iterato
     configs = _configs(model)
     before = [getattr(config, _IMPLEMENTATION) for config in configs]
     AttentionInterface.register(name, attend)
-    if AttentionMaskInterface is not None:
-        AttentionMaskInterface.register(name, AttentionMaskInterface()["sdpa"])
+    if _Masks is not None:
+        _Masks.register(name, _Masks()["sdpa"])
     try:
         for config in configs:
             setattr(config, _IMPLEMENTATION, name)
@@ -165,7 +176,7 @@ def replaced_attention(model: nn.Module, function: AttentionFunction) -> Iterato
     finally:
         for config, implementation in zip(configs, before, strict=True):
             setattr(config, _IMPLEMENTATION, implementation)
-        for registry in (AttentionInterface, AttentionMaskInterface):
+        for registry in (AttentionInterface, _Masks):
             if registry is not None:
                 registry._global_mapping.pop(name, None)
 
@@ -205,7 +216,7 @@ def attention_layers(model: nn.Module, ids: Tensor, method: str) -> list[nn.Modu
 
     def attend(inputs: AttentionInputs) -> Tensor:
         seen[inputs.module] = None
-        return attention_weights(inputs).to(inputs.value.dtype) @ inputs.value
+        return attended(inputs)
 
     causal = CausalModel(model)
     read = {"input_ids": ids[None, :_LOOKED_AT].to(causal.device)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -27,13 +28,14 @@ __all__ = [
     "MeanAttention",
     "ValueWeightedAttention",
     "mean_attention",
+    "visit_attention",
 ]
 
 # Queries whose attention is held at once.
 _QUERIES = 128
 
 
-def _visit_attention(
+def visit_attention(
     model: nn.Module,
     ids: Tensor,
     first: int,
@@ -56,7 +58,7 @@ def _visit_attention(
         length = inputs.query.shape[2]
         outputs = torch.empty_like(inputs.value)
         cuts = [*range(0, first, _QUERIES), *range(first, length, _QUERIES), length]
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in pairwise(cuts):
             weights = attention_weights(inputs, start, stop, stop)
             values = inputs.value[:, :, :stop]
             outputs[:, :, start:stop] = weights.to(values.dtype) @ values
@@ -91,7 +93,7 @@ def mean_attention(model: Any, ids: Tensor, targets: Tensor, method: str) -> Ten
         mean = weights.mean(dim=0)
         sums[0][start - first : start - first + len(mean), : mean.shape[1]] += mean
 
-    _visit_attention(model, ids, first, visit, method)
+    visit_attention(model, ids, first, visit, method)
     return sums[0] / len(attention_layers(model, ids, method))
 
 
@@ -164,15 +166,15 @@ class AttentionRollout(TokenMethod):
             if start + len(mean) == n:
                 total = (layer @ total + total) / 2
 
-        _visit_attention(self.model, ids, 0, visit, type(self).__name__)
+        visit_attention(self.model, ids, 0, visit, type(self).__name__)
         return total[n - len(targets) :]
 
 
 class ValueWeightedAttention(TokenMethod):
     r"""Size of what attention brings from each token to the predicting position.
 
-    :math:`\lVert \sum_h \alpha_{hij} v_{hj} O_h \rVert`, the norm of the attention-weighted
-    and transformed value, averaged over layers.
+    :math:`\lVert \sum_h \alpha_{hij} v_{hj} O_h \rVert`, the norm of the weighted and
+    transformed values of all heads, averaged over layers.
 
     Args:
         model: a causal language model of transformers, whose layers add attention to
@@ -273,7 +275,7 @@ class AttentionXIntegratedGradients(LayerIntegratedGradients):
         """What the gradients are multiplied by, shape ``(T, n)``."""
         return mean_attention(self.model, ids, targets, type(self).__name__)
 
-    def attribute(  # type: ignore[override]
+    def attribute(
         self,
         inputs: Tensor,
         baselines: Any = None,

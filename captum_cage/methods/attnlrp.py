@@ -36,8 +36,6 @@ FAMILIES = (
 
 _GATED = ("gate_proj", "up_proj", "down_proj")
 _ACTIVATIONS = ("act_fn", "act")
-# From this many bytes of attention weights, attention is computed without keeping them.
-_KEPT_ATTENTION = 2**30
 
 
 @dataclass(frozen=True)
@@ -278,7 +276,8 @@ def _rms_norm(module: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         gain = gain.reshape(-1, gain.shape[-1])[0] * (1 + eps) ** 0.5
         scale = (x.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
         factor = gain * scale
-    return (x * factor).to(output.dtype)
+    found: Tensor = x * factor
+    return found.to(output.dtype)
 
 
 def _layer_norm(ledger: _Ledger | None) -> Callable[..., Tensor]:
@@ -311,7 +310,8 @@ def _activation(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tenso
 
 def _bias(ledger: _Ledger) -> Callable[..., Tensor]:
     def hook(module: Any, _: Any, output: Tensor) -> Tensor:
-        return output + (ledger.factors["biases"] - 1) * module.bias.detach()
+        bias: Tensor = module.bias.detach()
+        return output + (ledger.factors["biases"] - 1) * bias
 
     return hook
 

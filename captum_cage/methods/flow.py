@@ -164,17 +164,18 @@ def _near_l2(block: Block) -> Tensor:
     gain = 2 * along - block.weights.square() * squares[:, None]
     rest = (size.square() - gain).clamp(min=0).sqrt()
     gain = gain / (size + rest).clamp(min=torch.finfo(size.dtype).tiny)
-    return gain.clamp(min=0).sum(dim=0)
+    near: Tensor = gain.clamp(min=0).sum(dim=0)
+    return near
 
 
 def _near_l1(block: Block) -> Tensor:
     """Proximities summed over heads: ``|y| - |y - z|``, exact.
 
     ``|y_k| - |y_k - z_k|`` is ``s_k z_k`` (``s`` the sign of ``y``) wherever ``z``
-    does not carry ``y`` beyond zero, and ``2 (s_k z_k - |y_k|)`` less where it does. The
-    first part is one matrix product. The second concerns only dimensions whose ``|y_k|``
-    is below the largest ``|z_k|`` of any source: few, and they come first when the
-    dimensions are sorted by ``|y_k|``.
+    does not carry ``y`` beyond zero, and ``2 (s_k z_k - |y_k|)`` less where it does.
+    The first part is one matrix product. The second concerns only dimensions whose
+    ``|y_k|`` is below the largest ``|z_k|`` of any source: few, and they come first
+    when the dimensions are sorted by ``|y_k|``.
     """
     heads, some, K = block.weights.shape
     width = block.after.shape[1]
