@@ -114,9 +114,9 @@ class MeanAttention(TokenMethod):
     capability: ClassVar[Capability] = Capability(
         name="mean-attention",
         summary="attention of the predicting position, mean of layers and heads",
-        source="Jain and Wallace 2019, arXiv:1902.10186",
+        source="Jain and Wallace (2019), arXiv:1902.10186",
         wrapper="gradient",
-        cost="1 forward",
+        cost="1 pass",
         needs=("attention",),
         signed=False,
     )
@@ -144,9 +144,9 @@ class AttentionRollout(TokenMethod):
     capability: ClassVar[Capability] = Capability(
         name="attention-rollout",
         summary="attention multiplied through the layers, half residual",
-        source="Abnar and Zuidema 2020, arXiv:2005.00928",
+        source="Abnar and Zuidema (2020), arXiv:2005.00928",
         wrapper="gradient",
-        cost="1 forward",
+        cost="1 pass",
         needs=("attention",),
         signed=False,
     )
@@ -190,9 +190,9 @@ class ValueWeightedAttention(TokenMethod):
     capability: ClassVar[Capability] = Capability(
         name="value-weighted-attention",
         summary="size of what attention brings from each token, mean of layers",
-        source="Kobayashi et al. 2020, arXiv:2004.10102",
+        source="Kobayashi et al. (2020), arXiv:2004.10102",
         wrapper="gradient",
-        cost="1 forward",
+        cost="1 pass",
         needs=("attention",),
         signed=False,
     )
@@ -250,10 +250,10 @@ class AttentionXIntegratedGradients(LayerIntegratedGradients):
     capability: ClassVar[Capability] = Capability(
         name="attention-x-ig",
         summary="integrated gradients, times mean attention",
-        source="Walker and Ewetz 2025, arXiv:2512.15663",
+        source="Walker and Ewetz (2025), arXiv:2512.15663",
         wrapper="gradient",
-        cost="n_steps forwards, n_steps x G backwards",
-        needs=("gradients", "attention"),
+        cost="n_steps passes, n_steps * tokens backward",
+        needs=("attention",),
         counted="n_steps",
     )
 

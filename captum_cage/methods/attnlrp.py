@@ -97,10 +97,10 @@ class AttnLRP(LayerGradientXActivation):
     capability: ClassVar[Capability] = Capability(
         name="attnlrp",
         summary="relevance of each token for a logit, propagated layer by layer",
-        source="Achtibat et al. 2024, arXiv:2402.05602",
+        source="Achtibat et al. (2024), arXiv:2402.05602",
         wrapper="gradient",
-        cost="1 forward, G backwards in a few batches",
-        needs=("gradients", "attention", f"one of {', '.join(FAMILIES)}"),
+        cost="1 pass, G backward in a few batches",
+        needs=("attention", f"one of {', '.join(FAMILIES)}"),
     )
 
     def __init__(self, model: Any, layer: nn.Module | None = None) -> None:

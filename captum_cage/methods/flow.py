@@ -80,9 +80,9 @@ class IFR(TokenMethod):
     capability: ClassVar[Capability] = Capability(
         name="ifr",
         summary="how near each token brings an attention block to its output",
-        source="Ferrando and Voita 2024, arXiv:2403.00824",
+        source="Ferrando and Voita (2024), arXiv:2403.00824",
         wrapper="gradient",
-        cost="1 forward",
+        cost="1 pass",
         needs=("attention",),
         signed=False,
     )

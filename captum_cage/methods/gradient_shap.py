@@ -61,10 +61,9 @@ class EmbeddingGradientShap(LayerGradientShap):
     capability: ClassVar[Capability] = Capability(
         name="gradient-shap",
         summary="expected gradients between absent and present embeddings",
-        source="Lundberg and Lee 2017, arXiv:1705.07874",
+        source="Lundberg and Lee (2017), arXiv:1705.07874",
         wrapper="gradient",
-        cost="n_samples forwards, n_samples x G backwards",
-        needs=("gradients",),
+        cost="n_samples passes, n_samples * G backward",
         random=True,
         counted="n_samples",
     )

@@ -70,9 +70,9 @@ class AttentionSuppression(UnitMethod):
     capability: ClassVar[Capability] = Capability(
         name="attention-suppression",
         summary="effect of hiding a unit from later tokens' attention",
-        source="Bogdan et al. 2025, arXiv:2506.19143",
+        source="Bogdan et al. (2025), arXiv:2506.19143",
         wrapper="perturbation",
-        cost="P + G forwards",
+        cost="P + G passes over what follows",
         needs=("attention",),
     )
 
