@@ -76,6 +76,7 @@ from captum_cage import (
     TokenIdsInput,
     __version__,
 )
+from captum_cage.methods.catalogue import llm_attribution
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -93,6 +94,9 @@ METHODS = {
     "shapley": "ShapleyValueSampling",
     "integrated": "LayerIntegratedGradients",
     "activation": "LayerGradientXActivation",
+    "attnlrp": "AttnLRP",
+    "suppression": "AttentionSuppression",
+    "ifr": "IFR",
 }
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _STATUS = Path("/proc/self/status")
@@ -146,6 +150,10 @@ def cases(options: argparse.Namespace) -> list[Case]:
         Case("integrated", "sentence", short, steps, 8.0, 1.2),
         Case("activation", "token", short, {}, 2.5),
         Case("activation", "sentence", short, {}, 8.0),
+        Case("attnlrp", "token", short, {}),
+        Case("attnlrp", "sentence", short, {}),
+        Case("suppression", "token", short, {}),
+        Case("ifr", "token", short, {}),
     ]
     return [
         case
@@ -230,6 +238,8 @@ class Bench:
 
     def wrapped(self, method: str) -> Any:
         """Captum's object for a method."""
+        if method in ("attnlrp", "suppression", "ifr"):
+            return llm_attribution(METHODS[method], self.model, self.tokenizer)
         if method == "ablation":
             return LLMAttribution(FeatureAblation(self.model), self.tokenizer)
         if method == "shapley":

@@ -790,6 +790,11 @@ class PrefixedInput(InterpretableInput):
         ids = [*self._prompt.ids, *self._prefix[0].tolist()]
         return ids, np.concatenate([groups, later])
 
+    @property
+    def prompt_length(self) -> int:
+        """Number of tokens of the prompt, after which generated ones stand."""
+        return len(self._prompt.ids)
+
     def to_tensor(self) -> Tensor:
         """Indicator of the units, all present. Shape ``(1, n_itp_features)``."""
         dtype = self._prompt.inp.to_tensor().dtype

@@ -337,6 +337,20 @@ class TestExplain:
         assert found["meta"] == expected.to_dict()["meta"]
         assert found["seq_attr"] == pytest.approx(expected.seq_attr.tolist(), abs=1e-5)
 
+    @pytest.mark.parametrize("name", [known.name for _, known in capabilities()])
+    def test_every_method_has_a_name(self, name, folder, masked):
+        """And explains, with what it needs."""
+        method, declared = catalogue.method_named(name)
+        arguments = ["--method", name, "--json", "-"]
+        if declared.counted is not None:
+            count = "--steps" if declared.counted == "n_steps" else "--samples"
+            arguments += [count, "6"]
+        if catalogue.needs_argument(method, "masked_lm") is not None:
+            arguments += ["--masked-lm", masked]
+        done = explain(folder, *arguments, target=" Mia. The answer")
+        assert done.exit_code == 0, done.stderr
+        assert json.loads(done.stdout)["meta"]["method"] == method.__name__
+
     def test_every_method_is_listed_in_the_error(self, folder):
         """An unknown name is refused before the model is loaded."""
         done = explain(folder, "--method", "guess")

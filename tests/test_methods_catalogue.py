@@ -44,6 +44,7 @@ from tiny import (
 
 PROMPT = "Ana has 3. Mia has"
 TARGET = " 4. So"
+LONG = "Ana has 3 pens. Mia has 4 more pens than Ana."
 KNOWN = {declared.name: (method, declared) for method, declared in capabilities()}
 KINDS = list(inputs_of_each_kind(tiny_tokenizer(), PROMPT))
 every_method = pytest.mark.parametrize("name", KNOWN)
@@ -227,15 +228,17 @@ class TestConformance:
 
     @every_method
     def test_only_random_methods_are_random(self, made, models, tokenizer, name):
-        """Of two seeds."""
+        """Of two seeds; of few units a method may take all samples there are."""
+        declared = KNOWN[name][1]
+        text, target = (LONG, LONG) if declared.random else (PROMPT, TARGET)
         llm_attr = made(name, models["llama"])
-        inp = inputs_of_each_kind(tokenizer, PROMPT)["tokens"]
+        inp = inputs_of_each_kind(tokenizer, text)["tokens"]
         one, other = (
-            explained(llm_attr, inp, units="word", seed=seed, **few(name)).graph.rows
+            explained(llm_attr, inp, target, seed, **few(name)).graph.rows
             for seed in (0, 1)
         )
         differ = np.abs(one - other).max() > 1e-3 * np.abs(one).max()
-        assert differ == KNOWN[name][1].random
+        assert differ == declared.random
 
     @every_method
     def test_only_signed_methods_have_a_sign(self, made, models, tokenizer, name):

@@ -50,6 +50,8 @@ Measure: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 # faster.
 _LAID_OUT = 1024
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 65536}
+# Rows that are read out of the columns at once.
+_TOGETHER = 256
 _MEMORY_SHARE = 0.5
 _MOST_HOST_BYTES = 2**29
 
@@ -215,14 +217,17 @@ def _probed_rows(task: RowTask, steps: Sequence[int]) -> Iterator[Array]:
             shortest[row] = divergences[task.range_of(row)[0]]
         columns.fill(run, _unit_sums(task, divergences, rows))
     alone = probe.alone(steps, shortest)
-    for row, found in zip(steps, columns.rows(task, steps), strict=True):
-        before = probe.runs_before[row]
-        divergences = np.concatenate([[0.0], found[:before]])
-        divergences[-1] += alone[row]
-        effects = np.zeros(task.width)
-        units = [unit for unit, _ in probe.runs[:before]]
-        np.add.at(effects, units, np.diff(divergences))
-        yield effects
+    for start in range(0, len(steps), _TOGETHER):
+        some = list(steps[start : start + _TOGETHER])
+        block = np.ascontiguousarray(columns.values[:, some].T)
+        for row, found in zip(some, block, strict=True):
+            before = probe.runs_before[row]
+            divergences = np.concatenate([[0.0], found[:before]])
+            divergences[-1] += alone[row]
+            effects = np.zeros(task.width)
+            units = [unit for unit, _ in probe.runs[:before]]
+            np.add.at(effects, units, np.diff(divergences))
+            yield effects
 
 
 class _Probe:

@@ -22,6 +22,7 @@ from captum_cage.engines.ablation import ABLATION
 from captum_cage.engines.engine import Engine, RowFunction
 from captum_cage.engines.gradient import GRADIENT
 from captum_cage.engines.probing import CONTEXT_LENGTH, WEIGHTED_RATIO
+from captum_cage.engines.refill import REFILL
 from captum_cage.engines.regression import REGRESSION
 from captum_cage.engines.shapley import EXACT_SHAPLEY, SAMPLED_SHAPLEY
 from captum_cage.engines.subsets import SUBSETS
@@ -37,6 +38,7 @@ from captum_cage.methods.attnlrp import AttnLRP
 from captum_cage.methods.flow import IFR
 from captum_cage.methods.gradient_shap import EmbeddingGradientShap
 from captum_cage.methods.probing import ContextLengthProbing, WeightedLogRatio
+from captum_cage.methods.reagent import OneShotReAGent
 from captum_cage.methods.subsets import CLime, ContextCite, LShap
 from captum_cage.methods.suppression import AttentionSuppression
 from captum_cage.task import RowTask
@@ -67,6 +69,7 @@ _engines: dict[type, Engine] = {
     CLime: SUBSETS,
     LShap: SUBSETS,
     ContextCite: SUBSETS,
+    OneShotReAGent: REFILL,
 }
 
 

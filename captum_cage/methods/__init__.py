@@ -12,6 +12,7 @@ from captum_cage.methods.flow import IFR
 from captum_cage.methods.gradient_shap import EmbeddingGradientShap
 from captum_cage.methods.method import TokenMethod, UnitMethod
 from captum_cage.methods.probing import ContextLengthProbing, WeightedLogRatio
+from captum_cage.methods.reagent import OneShotReAGent, ReAGent
 from captum_cage.methods.receiver import ReceiverHeads, receiver_heads
 from captum_cage.methods.resampling import (
     CounterfactualResampling,
@@ -19,6 +20,8 @@ from captum_cage.methods.resampling import (
     ResamplingResult,
     Sample,
 )
+from captum_cage.methods.similarity import TextSimilarityProvider
+from captum_cage.methods.subsets import CLime, ContextCite, LShap
 from captum_cage.methods.suppression import AttentionSuppression
 
 __all__ = [
@@ -27,15 +30,21 @@ __all__ = [
     "AttentionSuppression",
     "AttentionXIntegratedGradients",
     "AttnLRP",
+    "CLime",
     "Capability",
+    "ContextCite",
     "ContextLengthProbing",
     "CounterfactualResampling",
     "EmbeddingGradientShap",
+    "LShap",
     "MeanAttention",
+    "OneShotReAGent",
+    "ReAGent",
     "ReceiverHeads",
     "ResampledStep",
     "ResamplingResult",
     "Sample",
+    "TextSimilarityProvider",
     "TokenMethod",
     "UnitMethod",
     "ValueWeightedAttention",

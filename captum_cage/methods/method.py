@@ -146,6 +146,8 @@ class UnitMethod(FeatureAblation):
         targets = torch.as_tensor(additional_forward_args[1]).cpu()
         ids, feature_of_token = token_features(inp)
         found = self.effects(ids, feature_of_token, targets, **options)
+        # Captum adds it to a tensor on the model's device.
+        found = found.to(getattr(self.model, "device", "cpu"))
         return torch.cat([found.sum(dim=0, keepdim=True), found])
 
     def attribute(self, inputs: Tensor, additional_forward_args: Any = None) -> Tensor:

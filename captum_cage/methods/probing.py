@@ -222,7 +222,7 @@ class WeightedLogRatio(FeatureAblation):
                 present[:, feature] = 0
                 perturbed = inp.to_model_input(present)
                 found[:, feature] = plain - self._ratios(model, perturbed, targets)
-        return torch.cat([found.sum(dim=0, keepdim=True), found])
+        return torch.cat([found.sum(dim=0, keepdim=True), found]).to(inputs.device)
 
     def _ratios(self, model: CausalModel, model_input: Any, targets: Tensor) -> Tensor:
         """The weighed log-ratio of each target, shape ``(T,)``."""
