@@ -53,7 +53,9 @@ def random_qwen2(layers: int, width: int, heads: int) -> Qwen2ForCausalLM:
         num_key_value_heads=heads // 2,
         max_position_embeddings=8192,
     )
-    return Qwen2ForCausalLM(config).eval()
+    model: Qwen2ForCausalLM = Qwen2ForCausalLM(config)
+    model.eval()
+    return model
 
 
 def seconds(run: Callable[[], object], repeats: int) -> float:
@@ -163,8 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     short = whole[:24]
     double = copy.deepcopy(model).double()
-    for order, proximity in ((1, "l1"), (2, "l2")):
-        ours = IFR(double, proximity).rows(short, short).numpy()
+    for order, method in ((1, IFR(double)), (2, IFR(double, "l2"))):
+        ours = method.rows(short, short).numpy()
         worst = max(worst, float(np.abs(ours - loop_rows(double, short, order)).max()))
     print(f"largest difference to the loop, 24 tokens in float64: {worst:.1e}")
 

@@ -13,10 +13,10 @@ from captum.attr import InterpretableInput, TextTemplateInput
 from captum_cage._captum import LLMAttributionObject
 from captum_cage._checks import complaint
 from captum_cage.inputs import PrefixedInput, Prompt, TokenIdsInput
-from captum_cage.text import TokenText, decode, read_tokens, special_ids
-from captum_cage.units import FIXED, Unit, Units, group_tokens, split_ranges
+from captum_cage.text import Span, TokenText, decode, read_tokens, special_ids
+from captum_cage.units import FIXED, Segments, Unit, Units, group_tokens, split_ranges
 
-__all__ = ["RowTask", "check_scores", "text_units"]
+__all__ = ["RowTask", "check_scores", "generated_units", "text_units"]
 
 # Tokens of the prompt in whose context the generated ones are read.
 _CONTEXT = 8
@@ -166,19 +166,32 @@ def text_units(
     Raises:
         ValueError: if ranges do not fit the text.
     """
-    context = list(prompt.ids[-_CONTEXT:])
-    text = read_tokens([*context, *generated], tokenizer).split(len(context))[1]
     source_units, step_units = sides["source"], sides["generated"]
     if sides["both"] is not None:
         cut = len(prompt.text.text)
         source_units, step_units = split_ranges(sides["both"], cut)
-    steps = group_tokens(
-        text,
-        step_units,
-        generated=True,
-        special=np.isin(generated, list(special_ids(tokenizer))),
-    )
+    text, steps = generated_units(prompt.ids, generated, step_units, tokenizer)
     return text, _source_units(prompt, source_units), steps
+
+
+def generated_units(
+    before: Sequence[int],
+    generated: Sequence[int],
+    units: str | Segments | Sequence[Span],
+    tokenizer: Any,
+) -> tuple[TokenText, Units]:
+    """A generated text, read in its context, and its units.
+
+    Args:
+        before (Sequence[int]): ids that stand before it.
+        generated (Sequence[int]): its ids.
+        units: its granularity, as ``group_tokens`` takes it.
+        tokenizer: the tokenizer of the ids.
+    """
+    context = list(before[-_CONTEXT:])
+    text = read_tokens([*context, *generated], tokenizer).split(len(context))[1]
+    special = np.isin(generated, list(special_ids(tokenizer)))
+    return text, group_tokens(text, units, generated=True, special=special)
 
 
 def _source_units(prompt: Prompt, units: Any) -> Units:

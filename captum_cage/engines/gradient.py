@@ -55,16 +55,8 @@ _MEMORY_SHARE = 0.5
 _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
 # What starting the operations of one segment costs, in tokens that pass meanwhile.
 _START = {"cpu": 40, "cuda": 8192}
-# The same for a pass that takes many gradients at once, as a multiple.
-_START_TOGETHER = 3
 _MOST_SEGMENTS = 8
-_SIZES = (1, 2, 4, 8, 16, 32, 64)
-# Tokens times targets from which one backward pass for more of them is no faster.
-_ENOUGH_TOGETHER = {"cpu": 8192, "cuda": 65536}
-# Most bytes of attention weights that a pass keeps for gradients taken at once, and
-# how many such matrices the gradients of one layer take per target.
-_KEPT_ATTENTION = 2**30
-_ATTENTION_COPIES = 4
+_COPIES = (1, 2, 4, 8, 16, 32, 64)
 _TOGETHER = 64
 
 
@@ -128,8 +120,6 @@ class _Plan:
     Attributes:
         segments (tuple[_Segment, ...]): read one after the other.
         copies (int): copies of the sequence, each of which carries another target.
-        together (int): targets whose gradients one backward pass takes, through one
-            and the same sequence.
         reads_on (bool): whether a segment is read on from those before it; otherwise
             each starts at the first token.
         cost (float): time, in tokens that pass meanwhile.
@@ -137,7 +127,6 @@ class _Plan:
 
     segments: tuple[_Segment, ...]
     copies: int
-    together: int
     reads_on: bool
     cost: float
 
@@ -364,53 +353,25 @@ class _Passes:
         layers = getattr(text_config(self._model.model), "num_hidden_layers", 24)
         lighter = 1 - 0.8 / max(1, layers)
 
-        def plan(parts: int, copies: int, together: int) -> _Plan:
+        def plan(parts: int, copies: int) -> _Plan:
             segments = self._segments(targets, parts, reads_on)
             batch = points * copies
-            once = start if together == 1 else _START_TOGETHER * start
             cost = 0.0
             for number, segment in enumerate(segments):
                 own = segment.stop - segment.start
                 cost += batch * own + start
                 groups = -(-len(segment.targets) // copies)
-                calls = -(-groups // together)
-                starts = once * (number + 1 if reads_on else 1)
-                pushed = batch * (own + segment.start * lighter)
-                cost += groups * pushed + calls * starts
-            return _Plan(segments, copies, together, reads_on, cost)
+                starts = start * (number + 1 if reads_on else 1)
+                cost += groups * (batch * (own + segment.start * lighter) + starts)
+            return _Plan(segments, copies, reads_on, cost)
 
-        parts_tried = range(1, min(len(targets), _MOST_SEGMENTS) + 1)
-        sizes = [size for size in _SIZES if size <= len(targets)]
         plans = [
-            plan(parts, copies, 1)
-            for parts in parts_tried
-            for copies in sizes
-            if copies == 1 or points * copies <= most
+            plan(parts, copies)
+            for parts in range(1, min(len(targets), _MOST_SEGMENTS) + 1)
+            for copies in _COPIES
+            if copies == 1 or (copies <= len(targets) and points * copies <= most)
         ]
-        if self._lrp:
-            # Its attention is our own, through which many gradients can be taken.
-            length = targets[-1].stop + self._prompt
-            plans += [
-                plan(parts, 1, together)
-                for parts in parts_tried
-                for together in sizes
-                if 1 < together <= self._gradients_at_once(length)
-            ]
         return min(plans, key=lambda plan: plan.cost)
-
-    def _gradients_at_once(self, length: int) -> int:
-        """Targets whose gradients one backward pass may take; 1 for one by one."""
-        config = text_config(self._model.model)
-        heads = getattr(config, "num_attention_heads", 32)
-        layers = getattr(config, "num_hidden_layers", 24)
-        matrix = heads * length**2 * max(4, self._model.dtype.itemsize)
-        free = int(free_bytes(self._model.device) * _MEMORY_SHARE)
-        if layers * matrix > min(free, _KEPT_ATTENTION):
-            return 1
-        kind = self._model.device.type
-        enough = _ENOUGH_TOGETHER.get(kind, _ENOUGH_TOGETHER["cuda"])
-        fitting = min(free, _KEPT_ATTENTION) // (_ATTENTION_COPIES * matrix)
-        return max(1, min(enough // length, int(fitting)))
 
     def _best_plan(
         self, targets: Sequence[_Target], points: int, most: int, left: int
@@ -478,8 +439,7 @@ class _Passes:
             stack.enter_context(torch.enable_grad())
             stack.enter_context(_without_parameters(self._model.model))
             if self._lrp:
-                batched = plan.together > 1
-                stack.enter_context(self._method.rules(self._ids, batched=batched))
+                stack.enter_context(self._method.rules(self._ids))
             for segment in plan.segments:
                 if cache is None:
                     leaves.clear()
@@ -523,23 +483,26 @@ class _Passes:
             logit=self._lrp,
         ).reshape(size, kept, -1)
         found = []
-        step = plan.copies * plan.together
-        for start in range(0, len(targets), step):
-            group = targets[start : start + step]
-            upstream = states.new_zeros((plan.together, *states.shape))
-            for number, target in enumerate(group):
-                gradient, copy = divmod(number, plan.copies)
+        for start in range(0, len(targets), plan.copies):
+            group = targets[start : start + plan.copies]
+            upstream = torch.zeros_like(states)
+            for copy, target in enumerate(group):
                 rows = slice(copy * size, (copy + 1) * size)
                 tokens = slice(target.first - first, target.stop - first)
-                upstream[gradient, rows, tokens] = slopes[:, tokens]
-            gradients = _gradients(
-                states, leaves, upstream, not last or start + step < len(targets)
+                upstream[rows, tokens] = slopes[:, tokens]
+            gradients = torch.autograd.grad(
+                states,
+                list(leaves),
+                upstream,
+                retain_graph=not last or start + plan.copies < len(targets),
+                # A layer that mixes no positions after it gives earlier ones nothing.
+                allow_unused=True,
+                materialize_grads=True,
             )
-            length = gradients.shape[2]
-            for number, target in enumerate(group):
-                gradient, copy = divmod(number, plan.copies)
-                rows = slice(copy * size, (copy + 1) * size)
-                part = gradients[gradient, rows] * weights
+            gradient = torch.cat(gradients, dim=1)
+            length = gradient.shape[1]
+            for copy, target in enumerate(group):
+                part = gradient[copy * size : (copy + 1) * size] * weights
                 if len(factors) == 1:
                     part = part.sum(dim=0, keepdim=True)
                 scores = (part * factors[:, :length]).sum(dim=(0, 2))
@@ -552,29 +515,6 @@ class _Passes:
         if self._factors is not None:
             found = found * self._factors[target.first, : len(found)]
         return found
-
-
-def _gradients(
-    states: Tensor, leaves: Sequence[Tensor], upstream: Tensor, again: bool
-) -> Tensor:
-    """Gradients for several upstream ones, shape ``(several, B, tokens, width)``."""
-    together = len(upstream) > 1
-    found = torch.autograd.grad(
-        states,
-        list(leaves),
-        upstream if together else upstream[0],
-        retain_graph=again,
-        # A layer that mixes no positions after it gives earlier ones nothing.
-        allow_unused=True,
-        materialize_grads=not together,
-        is_grads_batched=together,
-    )
-    several = [
-        leaf.new_zeros((len(upstream), *leaf.shape)) if gradient is None else gradient
-        for leaf, gradient in zip(leaves, found, strict=True)
-    ]
-    whole = torch.cat(several, dim=-2)
-    return whole if together else whole[None]
 
 
 def _choices(count: int, size: int) -> list[int]:

@@ -186,22 +186,17 @@ class AttnLRP(LayerGradientXActivation):
         return (gradients[0] * caught[0]).detach(), float(logit.detach())
 
     @contextmanager
-    def rules(
-        self, ids: Tensor, *, ledger: _Ledger | None = None, batched: bool = False
-    ) -> Iterator[None]:
+    def rules(self, ids: Tensor, *, ledger: _Ledger | None = None) -> Iterator[None]:
         """The model's gradients follow the rules of AttnLRP; as before, afterwards.
 
         Args:
             ids (Tensor): what the model will read, shape ``(n,)``.
             ledger (optional): notes what is absorbed. Default: nothing is noted
-            batched (bool, optional): whether several gradients are taken at once, which
-                PyTorch's own attention does not allow. Default: ``False``
         """
         attention_layers(self.model, ids, "AttnLRP")
-        explicit = batched or ledger is not None
 
         def attend(inputs: AttentionInputs) -> Tensor:
-            return _attended(inputs, explicit, ledger)
+            return _attended(inputs, ledger)
 
         with ExitStack() as stack:
             for module in self.model.modules():
@@ -316,14 +311,12 @@ def _bias(ledger: _Ledger) -> Callable[..., Tensor]:
     return hook
 
 
-def _attended(
-    inputs: AttentionInputs, explicit: bool, ledger: _Ledger | None
-) -> Tensor:
+def _attended(inputs: AttentionInputs, ledger: _Ledger | None) -> Tensor:
     """Attention whose products share relevance, with the softmax's own gradient."""
     query, key = _scaled(inputs.query, 0.25), _scaled(inputs.key, 0.25)
     value = _scaled(inputs.value, 0.5)
     allowed = inputs.allowed()
-    if not explicit and inputs.softcap is None:
+    if ledger is None and inputs.softcap is None:
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=allowed, scale=inputs.scaling
         )

@@ -22,16 +22,15 @@ from tqdm import tqdm
 
 from captum_cage._checks import complaint, shown, whole_number
 from captum_cage._model import text_config
-from captum_cage.inputs import Prompt, token_ids
-from captum_cage.text import TokenText, decode, read_tokens, special_ids
-from captum_cage.units import Segments, Units, group_tokens, split_units
+from captum_cage.inputs import Prompt, target_ids, token_ids
+from captum_cage.task import generated_units
+from captum_cage.text import decode, special_ids
+from captum_cage.units import Segments, split_units
 
 __all__ = ["CounterfactualResampling", "ResampledStep", "ResamplingResult", "Sample"]
 
 Answer: TypeAlias = Hashable
 
-# Tokens in whose context generated ones are read.
-_CONTEXT = 8
 _FORMAT = "captum_cage resampling 1"
 # Arguments of ``generate`` that are no choice of the user's.
 _OURS = {"input_ids", "inputs", "attention_mask", "num_return_sequences"}
@@ -307,7 +306,7 @@ class CounterfactualResampling:
                     "Use TextTokenInput, TokenIdsInput or ChatTokenInput.",
                 )
             )
-        generated = self._target(target)
+        generated = target_ids(target, self.tokenizer)
         arguments = self._generation(len(prompt.ids), len(generated), gen_args)
         spans = [
             (text, start, stop)
@@ -343,16 +342,6 @@ class CounterfactualResampling:
 
     # --- texts -----------------------------------------------------------------------
 
-    def _target(self, target: Any) -> list[int]:
-        if isinstance(target, str):
-            target = self.tokenizer.encode(target, add_special_tokens=False)
-        ids = token_ids("target", target)
-        if not ids:
-            raise ValueError(
-                "target: must have a token, but it is empty. Pass the generated text."
-            )
-        return ids
-
     def _text(self, ids: Sequence[int]) -> str:
         """Text of generated ids, without special tokens."""
         special = special_ids(self.tokenizer)
@@ -362,11 +351,7 @@ class CounterfactualResampling:
         self, before: Sequence[int], ids: Sequence[int], granularity: str | Segments
     ) -> list[tuple[str, int, int, bool]]:
         """Text, first token, token after the last of each unit; whether special."""
-        context = list(before[-_CONTEXT:])
-        text: TokenText = read_tokens([*context, *ids], self.tokenizer)
-        special = np.isin(ids, list(special_ids(self.tokenizer)))
-        own = text.split(len(context))[1]
-        found: Units = group_tokens(own, granularity, generated=True, special=special)
+        _, found = generated_units(before, ids, granularity, self.tokenizer)
         spans = []
         for number, unit in enumerate(found.units):
             members = found.members(number)
