@@ -212,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def flashtrace_runs(
-    model: Any, ids: Sequence[int], options: argparse.Namespace
+    model: Any, ids: list[int], options: argparse.Namespace
 ) -> tuple[float, float, Array]:
     """Seconds of its default and of its exact rows, and those rows."""
     attribution = import_module("flashtrace.attribution")

@@ -223,7 +223,7 @@ class TestEngine:
     @pytest.mark.parametrize("start", [0, 40, 10**6])
     def test_rows_do_not_depend_on_how_many_are_taken_at_once(self, monkeypatch, start):
         """One backward pass may serve one row or many: the dearer, the more."""
-        monkeypatch.setattr(gradient, "_START", {"cpu": start})
+        monkeypatch.setattr(gradient, "_START", {"cpu": start, "cuda": start})
         llm_attr = LLMGradientAttribution(AttnLRP(small()), tiny_tokenizer())
         check_engine(llm_attr, TokenIdsInput(ids_of(), tiny_tokenizer()), TARGET)
 
