@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 import signal
@@ -278,7 +279,7 @@ def offer_refilled(monkeypatch, *, needs_masked_lm=True):
 def masked(tmp_path_factory):
     """A small masked language model on disk."""
     path = tmp_path_factory.mktemp("masked")
-    tokenizer = tiny_tokenizer("wordpiece")
+    tokenizer = copy.deepcopy(tiny_tokenizer("wordpiece"))
     tokenizer.add_special_tokens({"mask_token": "[MASK]"})
     config = BertConfig(
         vocab_size=len(tokenizer),

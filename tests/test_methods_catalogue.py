@@ -59,7 +59,7 @@ def models(tokenizer):
 @pytest.fixture(scope="module")
 def masked():
     """A small masked language model and its tokenizer, as options."""
-    kind = tiny_tokenizer("wordpiece")
+    kind = copy.deepcopy(tiny_tokenizer("wordpiece"))
     kind.add_special_tokens({"mask_token": "[MASK]"})
     state = torch.get_rng_state()
     config = BertConfig(

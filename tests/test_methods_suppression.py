@@ -27,11 +27,7 @@ def ids_of(text=PROMPT):
 
 
 def by_hand(model, ids, inside, targets, effect):
-    """Effect of hiding some tokens on each target, by two passes and a mask.
-
-    Args:
-        inside: whether each of ``ids`` belongs to the unit, bool.
-    """
+    """Effect on each target of hiding the ids inside a unit, by two masked passes."""
     whole = torch.tensor([[*ids, *targets[:-1]]])
     n = whole.shape[1]
     unit = np.zeros(n, dtype=bool)
