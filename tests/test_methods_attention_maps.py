@@ -36,10 +36,10 @@ def ids_of(text=PROMPT):
 def attentions(model, ids):
     """Attention weights of a plain pass, ``(layers, heads, n, n)``."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = "eager"
     with torch.no_grad():
         found = torch.cat(model(ids[None], output_attentions=True).attentions)
-    model.set_attn_implementation(before)
+    model.config._attn_implementation = before
     return found.double().numpy()
 
 

@@ -65,7 +65,8 @@ def llama_relevance(model, ids, target):
     config, weights = model.config, dict(model.named_parameters())
     heads, groups = config.num_attention_heads, config.num_key_value_heads
     size, n = config.hidden_size // heads, len(ids)
-    base = config.rope_parameters["rope_theta"]
+    rope = getattr(config, "rope_parameters", None) or vars(config)
+    base = rope["rope_theta"]
     embedded = weights["model.embed_tokens.weight"][ids].detach().requires_grad_()
     x = embedded
     for layer in range(config.num_hidden_layers):

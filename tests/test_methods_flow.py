@@ -56,7 +56,7 @@ def shares_of_a_llama(model, ids, order):
     Returns:
         list: one array of shape ``(n, n)`` per layer.
     """
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = "eager"
     streams, values, added = [], [], []
     hooks = []
     for layer in model.model.layers:
@@ -78,7 +78,7 @@ def shares_of_a_llama(model, ids, order):
         attention = model(ids[None], output_attentions=True).attentions
     for hook in hooks:
         hook.remove()
-    model.set_attn_implementation("sdpa")
+    model.config._attn_implementation = "sdpa"
     config = model.config
     heads = config.num_attention_heads
     size = config.hidden_size // heads

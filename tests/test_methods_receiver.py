@@ -28,10 +28,10 @@ def read(inp=None, arch="llama", **options):
 
 def attention(model, ids):
     """Attention weights of a plain pass, ``(layers, heads, n, n)``."""
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = "eager"
     with torch.no_grad():
         found = model(ids, output_attentions=True).attentions
-    model.set_attn_implementation("sdpa")
+    model.config._attn_implementation = "sdpa"
     return torch.cat(found).double().numpy()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from captum.attr import LLMAttribution
+from captum.attr import FeatureAblation, LLMAttribution
 
 from captum_cage import GraphContextAttribution, TokenIdsInput
 from captum_cage.methods import AttentionSuppression
@@ -39,7 +39,7 @@ def by_hand(model, ids, inside, targets, effect):
             for key in range(n):
                 hidden = hides and unit[key] and not unit[query]
                 if key > query or hidden:
-                    mask[0, 0, query, key] = torch.finfo(model.dtype).min
+                    mask[0, 0, query, key] = -1e9
         masks.append(mask)
     with torch.no_grad():
         plain, changed = (
@@ -129,6 +129,28 @@ class TestEngine:
         )
         units = len(result.units)
         assert sum(pushed) < 0.75 * units * units
+
+    @pytest.mark.parametrize("kind", [AttentionSuppression, FeatureAblation])
+    def test_a_model_that_takes_some_prefixes_only_reads_whole_texts(
+        self, monkeypatch, kind
+    ):
+        """Where a pass from a prefix fails, the text is read from its beginning."""
+        model = small()
+        failed = []
+        plain = model.forward
+
+        def fussy(*args, past_key_values=None, **kwargs):
+            length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            if 0 < length < 15:
+                failed.append(length)
+                raise RuntimeError("sizes do not match")
+            return plain(*args, past_key_values=past_key_values, **kwargs)
+
+        monkeypatch.setattr(model, "forward", fussy)
+        llm_attr = LLMAttribution(kind(model), tiny_tokenizer())
+        inp = TokenIdsInput(ids_of(), tiny_tokenizer())
+        check_engine(llm_attr, inp, TARGET)
+        assert len(failed) == 1
 
     def test_an_interrupted_call_goes_on(self, monkeypatch):
         """Units that were finished are not hidden again."""

@@ -287,6 +287,12 @@ class SequenceScorer:
             except OutOfMemory as error:
                 self._most = half(len(batch), error, self.model.device)
                 continue
+            except Exception:
+                if self._pairs is None:
+                    raise
+                # Some models take one prefix and not another, as old sliding windows.
+                self.give_up_prefix()
+                continue
             sequences = sequences[len(batch) :]
             yield from found
 
@@ -325,7 +331,7 @@ class SequenceScorer:
 
     def _pass(self, batch: Sequence[_Sequence]) -> list[tuple[int, Scores]]:
         """Scores of a few sequences by one pass, from where the first one differs."""
-        start = batch[0].same
+        start = 0 if self._pairs is None else batch[0].same
         longest = max(sequence.length for sequence in batch)
         ids = torch.zeros((len(batch), longest - start), dtype=torch.long)
         rows, places, targets, firsts = [], [], [], []
@@ -361,6 +367,11 @@ class SequenceScorer:
             numbers = numbers[count:]
             found.append((sequence.number, scores))
         return found
+
+    def give_up_prefix(self) -> None:
+        """Start all further passes at the first token, and remember it of the model."""
+        self._pairs = None
+        remember(self.model, Verdict(len(self.ids), self.model.splits, False))
 
     def prefix(self, length: int) -> Prefix | None:
         """Keys and values of the plain text's first tokens; None if of no use."""

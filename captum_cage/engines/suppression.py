@@ -92,6 +92,11 @@ class _Passes:
             except OutOfMemory as error:
                 self._most = half(len(batch), error, self._model.device)
                 continue
+            except Exception:
+                if not self._scorer.reuses_prefix:
+                    raise
+                self._scorer.give_up_prefix()
+                continue
             left = left[len(batch) :]
             yield from zip(batch, found, strict=True)
 
