@@ -226,9 +226,17 @@ class TestRefill:
         found = method.refill(ids, np.array([place]), len(ids))
         assert tokenizer.decode(refilled(ids, found)) == "Ana\npenshas"
 
-    def test_special_tokens_are_not_written(self, model, tokenizer):
+    def test_special_tokens_are_not_written(self, model, tokenizer, monkeypatch):
         """Nor rows of the output layer that stand for no token."""
         other = masked_tokenizer("bert")
+        decode = other.decode
+
+        def strict(ids, **options):
+            if max(ids, default=0) >= len(other):
+                raise IndexError("no such token")
+            return decode(ids, **options)
+
+        monkeypatch.setattr(other, "decode", strict)
         ranked = [len(other) + 1, other.mask_token_id, other.sep_token_id]
         network = Always(0, len(other) + 2)
         pens = other.convert_tokens_to_ids("pens")
@@ -413,6 +421,65 @@ class TestOneShotReAGent:
         check_engine(llm_attr, TextTokenInput(LONGER, tokenizer), target, units="word")
         assert max(sizes) > 2
 
+    def test_of_a_model_without_keys_and_values(self, model, tokenizer, target):
+        """Whole texts are read."""
+
+        class Uncached(nn.Module):
+            device = torch.device("cpu")
+
+            def __init__(self):
+                super().__init__()
+                self.inner = model
+
+            def forward(self, input_ids, attention_mask=None):
+                return self.inner(input_ids=input_ids, attention_mask=attention_mask)
+
+        method = made(OneShotReAGent, Uncached().eval(), tokenizer)
+        inp = TextTokenInput(LONGER, tokenizer)
+        check_engine(LLMAttribution(method, tokenizer), inp, target, units="word")
+
+    def test_of_a_model_that_takes_some_prefixes_only(
+        self, tokenizer, target, monkeypatch
+    ):
+        """Where a pass from a prefix fails, texts are read from their beginning."""
+        fussy = tiny_model("llama", vocab_size=len(tokenizer))
+        failed = []
+        plain = fussy.forward
+
+        def forward(*args, past_key_values=None, **kwargs):
+            length = 0 if past_key_values is None else past_key_values.get_seq_length()
+            if 0 < length < 8:
+                failed.append(length)
+                raise RuntimeError("sizes do not match")
+            return plain(*args, past_key_values=past_key_values, **kwargs)
+
+        monkeypatch.setattr(fussy, "forward", forward)
+        llm_attr = LLMAttribution(made(OneShotReAGent, fussy, tokenizer), tokenizer)
+        inp = TokenIdsInput(tokenizer.encode(LONGER), tokenizer)
+        check_engine(llm_attr, inp, target)
+        assert len(failed) == 1
+
+    def test_texts_that_stay_are_not_scored_again(self, model, tokenizer, monkeypatch):
+        """One pass is enough where every refill is its unit's own text."""
+        passes = []
+        forward = type(model).forward
+
+        @functools.wraps(forward)
+        def recorded(self, *args, **kwargs):
+            passes.append(1)
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(type(model), "forward", recorded)
+        network, other = always("bert", "pens")
+        method = OneShotReAGent(model, network, other, tokenizer)
+        cage = GraphContextAttribution(LLMAttribution(method, tokenizer))
+        inp = TextTokenInput(" pens pens pens", tokenizer)
+        for _ in range(2):  # the first call looks at the model, too
+            passes.clear()
+            result = cage.attribute(inp, " pens pens", strategy="fused")
+        assert len(passes) == 1
+        assert (result.graph.rows == 0).all()
+
     def test_a_unit_is_written_once_for_all_rows(self, model, tokenizer, target):
         """By the engine; the loop asks for each row."""
         network, other = always("bert", "pens")
@@ -533,17 +600,24 @@ class TestReAGent:
         """Rounded up, in place of their number."""
         method = made(ReAGent, model, tokenizer)
         ids = tokenizer.encode(LONGER)
-        inp = TokenIdsInput(ids, tokenizer)
-        options = {"max_steps": 8, "rational_candidates": 40}
-        rows = []
-        for more in (
-            {"keep_ratio": 3.5 / len(ids)},
-            {"keep_top_n": 4},
-            {"keep_top_n": 0},
-        ):
-            torch.manual_seed(1)
-            rows.append(attributed(method, tokenizer, inp, [9], **options, **more)[0])
-        assert (rows[0] == rows[1]).all()
+        with torch.no_grad():
+            best = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+
+        def rows(**more):
+            found = []
+            for seed in range(4):
+                torch.manual_seed(seed)
+                recursion = {"max_steps": 6, "rational_candidates": 40, **more}
+                found.append(
+                    method.effects(
+                        ids, np.arange(len(ids)), torch.tensor([best]), **recursion
+                    )
+                )
+            return torch.cat(found)
+
+        share = (len(ids) - 2.5) / len(ids)
+        assert torch.equal(rows(keep_ratio=share), rows(keep_top_n=len(ids) - 2))
+        assert not torch.equal(rows(keep_ratio=share), rows(keep_top_n=len(ids) - 3))
 
     @pytest.mark.parametrize("units", ["token", "word"])
     def test_each_target_brings_a_mass_of_one(self, model, tokenizer, target, units):

@@ -111,6 +111,11 @@ class _Passes:
                 except OutOfMemory as error:
                     self._most = half(len(batch), error, self._model.device)
                     continue
+                except Exception:
+                    if not self._scorer.reuses_prefix:
+                        raise
+                    self._scorer.give_up_prefix()
+                    continue
                 del texts[: len(batch)]
                 yield from found
 
@@ -149,7 +154,7 @@ class _Passes:
 
     def _pass(self, batch: Sequence[_Text]) -> list[tuple[int, Array]]:
         """Scores of a few texts by one pass, from where the first one changes."""
-        start = batch[0].same
+        start = batch[0].same if self._scorer.reuses_prefix else 0
         longest = max(text.length for text in batch)
         # What is read after a text's end changes nothing before it.
         ids = torch.zeros((len(batch), longest - start), dtype=torch.long)
