@@ -456,7 +456,7 @@ class TestOneShotReAGent:
         monkeypatch.setattr(fussy, "forward", forward)
         llm_attr = LLMAttribution(made(OneShotReAGent, fussy, tokenizer), tokenizer)
         inp = TokenIdsInput(tokenizer.encode(LONGER), tokenizer)
-        check_engine(llm_attr, inp, target)
+        check_engine(llm_attr, inp, target, batch_size=1)
         assert len(failed) == 1
 
     def test_texts_that_stay_are_not_scored_again(self, model, tokenizer, monkeypatch):
