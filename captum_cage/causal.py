@@ -118,20 +118,7 @@ class CausalModel:
         """
         # On the host, as with several devices the states may lie on any of them.
         keep = keep.cpu()
-        length = inputs["input_ids"].shape[1]
-        arguments = dict(inputs)
-        if self._needs_mask and "attention_mask" not in arguments:
-            before = 0 if cache is None else int(cache.get_seq_length())
-            ids = inputs["input_ids"]
-            arguments["attention_mask"] = ids.new_ones((len(ids), before + length))
-        if "use_cache" in self._accepted:
-            arguments["use_cache"] = cache is not None
-        if cache is not None:
-            arguments["past_key_values"] = cache
-        kept = length
-        if "logits_to_keep" in self._accepted:
-            arguments["logits_to_keep"] = keep
-            kept = len(keep)
+        arguments, kept = self._arguments(inputs, keep, cache)
         call = self.model.forward if direct else self.model
         if self._head is None:
             return _chosen(_three(call(**arguments).logits), keep, kept)
@@ -154,6 +141,35 @@ class CausalModel:
         # Engines make their first pass without a cache, which such a pass would fill.
         self._head = None
         return self.states(inputs, keep, direct=direct)
+
+    def read(self, ids: Tensor) -> None:
+        """One pass over a text, for what hooks see on the way.
+
+        Args:
+            ids (Tensor): token ids, shape ``(n,)``.
+        """
+        last = torch.tensor([len(ids) - 1])
+        inputs = {"input_ids": ids[None].to(self.device)}
+        self.model(**self._arguments(inputs, last, None)[0])
+
+    def _arguments(
+        self, inputs: Mapping[str, Any], keep: Tensor, cache: Any
+    ) -> tuple[dict[str, Any], int]:
+        """Arguments of the model's forward, and how many positions get logits."""
+        length = inputs["input_ids"].shape[1]
+        arguments = dict(inputs)
+        if self._needs_mask and "attention_mask" not in arguments:
+            before = 0 if cache is None else int(cache.get_seq_length())
+            ids = inputs["input_ids"]
+            arguments["attention_mask"] = ids.new_ones((len(ids), before + length))
+        if "use_cache" in self._accepted:
+            arguments["use_cache"] = cache is not None
+        if cache is not None:
+            arguments["past_key_values"] = cache
+        if "logits_to_keep" not in self._accepted:
+            return arguments, length
+        arguments["logits_to_keep"] = keep
+        return arguments, len(keep)
 
     def assume(self, splits: bool) -> None:
         """Take it as known whether the output layer alone makes the logits."""

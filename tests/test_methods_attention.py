@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 from captum_cage.causal import Prefix
@@ -107,7 +107,9 @@ class TestReplacedAttention:
             found = logits(model, ids)
         expected = logits(model, ids)
         assert expected.std() > 0.01
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+        # Eager attention takes its softmax in float32, but not in every family.
+        allowed = 1e-6 if kind == "eager" else 1e-9
+        torch.testing.assert_close(found, expected, rtol=0, atol=allowed)
 
     @pytest.mark.parametrize("name", ["gemma3", "mistral", "gemma2"])
     def test_the_test_text_is_longer_than_the_windows(self, name):
@@ -142,13 +144,12 @@ class TestReplacedAttention:
         """Keys that were kept from before are attended to as well."""
         model, ids = made(name), text()
         with torch.no_grad():
-            kept = model(input_ids=ids[None, :start], use_cache=True).past_key_values
+            kept = DynamicCache()  # which keeps more than the windows
+            model(input_ids=ids[None, :start], past_key_values=kept)
             pairs = [(layer.keys, layer.values) for layer in kept.layers]
             prefix = Prefix(pairs, start)
             with replaced_attention(model, attended):
                 found = model(input_ids=ids[None, start:], past_key_values=prefix)
-        if pairs[0][0].shape[2] < start:
-            pytest.skip("transformers keeps the window only")
         expected = logits(model, ids)[start:]
         torch.testing.assert_close(found.logits[0], expected, rtol=0, atol=1e-9)
 
@@ -198,18 +199,20 @@ class TestReplacedAttention:
         """Their contexts may end in either order."""
         one, other, ids = made("llama"), made("llama", seed=1), text()
         of_one, of_other = logits(one, ids), logits(other, ids)
-        contexts = [replaced_attention(one, zeros), replaced_attention(other, attended)]
-        for context in contexts:
-            context.__enter__()
+        first = replaced_attention(one, zeros)
+        second = replaced_attention(other, attended)
+        first.__enter__()
+        second.__enter__()
         assert not torch.allclose(logits(one, ids), of_one)
         torch.testing.assert_close(logits(other, ids), of_other, rtol=0, atol=1e-9)
         if first_ends_first:
-            contexts.reverse()
-        still_replaced = one if contexts[0] is not None and not first_ends_first else None
-        contexts[1].__exit__(None, None, None)
-        if still_replaced is not None:
+            first.__exit__(None, None, None)
+            assert set(implementations(other)) != {"sdpa"}
+            second.__exit__(None, None, None)
+        else:
+            second.__exit__(None, None, None)
             assert not torch.allclose(logits(one, ids), of_one)
-        contexts[0].__exit__(None, None, None)
+            first.__exit__(None, None, None)
         torch.testing.assert_close(logits(one, ids), of_one, rtol=0, atol=0)
         torch.testing.assert_close(logits(other, ids), of_other, rtol=0, atol=0)
 
@@ -238,9 +241,7 @@ class TestAttentionWeights:
             for start, stop in ((0, 1), (1, 10), (10, LENGTH)):
                 weights = attention_weights(inputs, start, stop, stop)
                 assert weights.shape[-1] == stop
-                found.append(
-                    torch.nn.functional.pad(weights[0], (0, LENGTH - stop))
-                )
+                found.append(torch.nn.functional.pad(weights[0], (0, LENGTH - stop)))
             return attended(inputs)
 
         with replaced_attention(model, read):
@@ -286,10 +287,7 @@ class TestAttentionLayers:
         reference = weakref.ref(model)
         del model
         gc.collect()
-        if reference() is not None:
-            # The layers are values of the memory, and must not hold the key.
-            held = [type(one).__name__ for one in gc.get_referrers(reference())]
-            pytest.fail(f"kept alive by {held}")
+        assert reference() is None
 
     @pytest.mark.parametrize(
         ("settings", "name"),

@@ -66,10 +66,8 @@ def visit_attention(
                 visit(layers[inputs.module], start, weights[0])
         return outputs
 
-    causal = CausalModel(model)
-    read = {"input_ids": ids[None].to(causal.device)}
     with torch.no_grad(), replaced_attention(model, attend):
-        causal.states(read, torch.tensor([len(ids) - 1]))
+        CausalModel(model).read(ids)
 
 
 def mean_attention(model: Any, ids: Tensor, targets: Tensor, method: str) -> Tensor:

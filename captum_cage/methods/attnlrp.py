@@ -167,7 +167,8 @@ class AttnLRP(LayerGradientXActivation):
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            caught.append(output.detach().requires_grad_())
+            # The last pass counts: a model may be read twice to find out its head.
+            caught[:] = [output.detach().requires_grad_()]
             return caught[0]
 
         with ExitStack() as stack:

@@ -95,8 +95,11 @@ class _Layer:
         normed: Tensor = self.norm(mixed)
         # An RMS norm: one scale per position, one gain per dimension.
         gain = self.norm(torch.ones_like(mixed[:1])).float()
-        largest = (mixed * gain).abs().argmax(dim=-1, keepdim=True)
-        scale = (normed.gather(-1, largest)) / (mixed * gain).gather(-1, largest)
+        spread = mixed * gain
+        largest = spread.abs().argmax(dim=-1, keepdim=True)
+        above, below = normed.gather(-1, largest), spread.gather(-1, largest)
+        # Where the block brings nothing, any scale will do.
+        scale = torch.where(below == 0, 0, above / torch.where(below == 0, 1, below))
         return normed, scale, gain[0]
 
 
@@ -167,8 +170,7 @@ def _pass(
         for layer in layers.values():
             stack.callback(_keep_stream(layer).remove)
         stack.enter_context(replaced_attention(causal.model, attend))
-        inputs = {"input_ids": ids[None].to(causal.device)}
-        causal.states(inputs, torch.tensor([len(ids) - 1]))
+        causal.read(ids)
 
 
 def _keep_stream(layer: _Layer) -> Any:

@@ -199,8 +199,6 @@ class _MaskedModel:
         alone = self._causal_ids(text)
         tried = [alone]
         # Tokenizers of SentencePiece's kind put a space in front of every text.
-        if text.startswith(" "):
-            tried.append(self._causal_ids(text[1:]))
         line = self._causal_ids("\n")
         after_line = self._causal_ids("\n" + text)
         if after_line[: len(line)] == line:
