@@ -605,9 +605,9 @@ class TestReAGent:
 
         def rows(**more):
             found = []
-            for seed in range(4):
+            for seed in range(24):  # enough that one more unit changes a stop
                 torch.manual_seed(seed)
-                recursion = {"max_steps": 6, "rational_candidates": 40, **more}
+                recursion = {"max_steps": 6, "rational_candidates": 1, **more}
                 found.append(
                     method.effects(
                         ids, np.arange(len(ids)), torch.tensor([best]), **recursion
