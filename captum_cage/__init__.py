@@ -6,15 +6,18 @@ from captum_cage.engines import register_engine
 from captum_cage.graph import AttributionGraph
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
 from captum_cage.result import GraphAttributionResult, TextPath
+from captum_cage.traces import ChatTraceInput, TraceIdsInput
 from captum_cage.units import Unit
 
 __all__ = [
     "AttributionGraph",
     "ChatTokenInput",
+    "ChatTraceInput",
     "GraphAttributionResult",
     "GraphContextAttribution",
     "TextPath",
     "TokenIdsInput",
+    "TraceIdsInput",
     "Unit",
     "__version__",
     "register_engine",

@@ -206,14 +206,18 @@ class GraphContextAttribution(CaptumAttribution):
         sides = split_units(units)
         prompt = Prompt.read(inp, self.llm_attr.tokenizer)
         check_sequence(self.llm_attr, prompt.ids, [])
+        trace = prompt.continuation
         with held(self.llm_attr):
             generated = self._target_ids(prompt, target, gen_args)
             check_sequence(self.llm_attr, prompt.ids, generated)
             task = self._task(prompt, generated, sides, kwargs)
             task = replace(task, batch_size=batch_size, show_progress=show_progress)
             check_baseline(self.llm_attr, task.baseline)
+            steps = task.steps.units
             explained = explained_units(
-                explain, task.steps.units, task.generated_text.text
+                explain,
+                [steps[step] for step in task.written],
+                task.generated_text.text,
             )
             check_task(task)
             way = Strategy(task, strategy, self._told)
@@ -222,23 +226,23 @@ class GraphContextAttribution(CaptumAttribution):
             if way.by_row:
                 scores = log_probabilities(self.llm_attr, prompt, generated)
                 task.kept["scores"] = scores
-            weights = np.zeros(len(task.steps))
-            weights[list(explained)] = 1.0
+            weights = np.zeros(len(steps))
+            weights[task.written[list(explained)]] = 1.0
             graph = self._graph(way, weights, approximation, show_progress)
             if scores is None:
                 scores = way.task.kept.get("scores")
             if scores is None:
                 scores = log_probabilities(self.llm_attr, prompt, generated)
-        logs = np.zeros(len(task.steps))
-        np.add.at(logs, task.steps.groups, scores)
+        logs = task.unit_sums(scores)[task.written]
         return GraphAttributionResult(
             graph,
-            (*task.sources.units, *task.steps.units),
+            (*task.sources.units, *steps),
             explained,
             source_text=prompt.text.text,
             generated_text=task.generated_text.text,
             output_probs=torch.from_numpy(np.exp(logs)),
             breaks=prompt.breaks,
+            generated_breaks=() if trace is None else trace.all_breaks,
             meta=self._meta(units, way.name, approximation),
             inp=inp,
             hops=hops,
@@ -256,14 +260,29 @@ class GraphContextAttribution(CaptumAttribution):
         target: str | Sequence[int] | Tensor | None,
         gen_args: Mapping[str, Any] | None,
     ) -> list[int]:
-        if target is None:
-            return generate_ids(self.llm_attr, prompt, gen_args)
+        """Ids of all that follows the prompt."""
+        trace = prompt.continuation
+        before = [] if trace is None else list(trace.ids)
+        is_whole = trace is not None and trace.ends_generated
+        if target is None and not is_whole:
+            return [*before, *generate_ids(self.llm_attr, prompt, gen_args)]
         if gen_args is not None:
             raise ValueError(
-                "gen_args: must be None where target is given, since nothing is "
-                "generated. Leave one of them out."
+                "gen_args: must be None where target is given or the trace ends with a "
+                "generated turn, since nothing is generated. Leave one of them out."
             )
-        return target_ids(target, self.llm_attr.tokenizer)
+        if target is None:
+            return before
+        if is_whole:
+            raise ValueError(
+                complaint(
+                    "target",
+                    "must be None where the trace ends with a generated turn",
+                    f"{shown(target)} came",
+                    "Leave it out, or leave the last turn out of the trace.",
+                )
+            )
+        return [*before, *target_ids(target, self.llm_attr.tokenizer)]
 
     def _task(
         self,
@@ -310,7 +329,7 @@ class GraphContextAttribution(CaptumAttribution):
                 logger.warning(
                     "stopped after %d of %d rows; the same call goes on from there",
                     len(store.rows),
-                    len(task.steps),
+                    len(task.written),
                 )
             raise
         return store.graph()

@@ -21,11 +21,18 @@ from captum_cage.units import FIXED
 
 __all__ = [
     "ChatTokenInput",
+    "Continuation",
+    "Features",
     "PrefixedInput",
     "Prompt",
+    "RenderedChat",
     "TokenIdsInput",
     "baseline_id",
+    "checked_messages",
+    "chosen_messages",
     "empty_prompt",
+    "message_at",
+    "no_content",
     "target_ids",
     "token_features",
     "token_ids",
@@ -116,6 +123,37 @@ def target_ids(target: str | Sequence[int] | Tensor, tokenizer: Any) -> list[int
     return ids
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """What stands between a prompt and the text that is generated after it.
+
+    In a trace, generated turns alternate with text from outside, such as the results
+    of tools. The prompt ends where the first generated turn begins; this is the rest.
+
+    Attributes:
+        ids (tuple[int, ...]): token ids.
+        text (TokenText): their text.
+        generated (numpy.ndarray): which tokens the model wrote, bool.
+        attributed (numpy.ndarray): which tokens are part of a unit, bool; the others
+            are present and fixed.
+        breaks (tuple[int, ...]): characters of the text at which a unit must end.
+        ends_generated (bool): whether the trace ends with a generated turn, so that
+            nothing is to be generated after it.
+    """
+
+    ids: tuple[int, ...]
+    text: TokenText
+    generated: npt.NDArray[np.bool_]
+    attributed: npt.NDArray[np.bool_]
+    breaks: tuple[int, ...]
+    ends_generated: bool
+
+    @property
+    def all_breaks(self) -> tuple[int, ...]:
+        """The breaks, and the end of the text, after which the model goes on."""
+        return (*self.breaks, len(self.text.text))
+
+
 class TokenIdsInput(TextTokenInput):
     """A prompt given as token ids; nothing is tokenised.
 
@@ -169,8 +207,8 @@ class TokenIdsInput(TextTokenInput):
                     "Pass some ids.",
                 )
             )
-        self._fill(listed, tokenizer, feature_mask, baselines)
-        self._label(read_tokens(listed, tokenizer))
+        self.set_tokens(listed, tokenizer, feature_mask, baselines)
+        self.set_text(read_tokens(listed, tokenizer))
 
     @classmethod
     def unlabelled(
@@ -182,13 +220,14 @@ class TokenIdsInput(TextTokenInput):
     ) -> TokenIdsInput:
         """The same without reading the tokens' text: ``values`` are empty strings."""
         inp = cls.__new__(cls)
-        inp._fill(list(ids), tokenizer, feature_mask, baselines)
+        inp.set_tokens(list(ids), tokenizer, feature_mask, baselines)
         inp.values = [""] * inp.n_itp_features
         return inp
 
-    def _fill(
+    def set_tokens(
         self, ids: list[int], tokenizer: Any, feature_mask: Any, baselines: Any
     ) -> None:
+        """Set the fields that do not depend on text."""
         # TextTokenInput's own constructor would tokenise a text.
         feature_of_token = _feature_of_token(feature_mask, len(ids))
         is_feature = feature_of_token >= 0
@@ -204,7 +243,8 @@ class TokenIdsInput(TextTokenInput):
         self.n_itp_features = int(feature_of_token.max(initial=-1)) + 1
         self.baselines = int(baseline_ids[0])
 
-    def _label(self, text: TokenText) -> None:
+    def set_text(self, text: TokenText) -> None:
+        """Set the text of the tokens, and the labels of the features."""
         self.token_text = text
         self.values = _feature_labels(text, self.feature_of_token, self.n_itp_features)
 
@@ -212,6 +252,11 @@ class TokenIdsInput(TextTokenInput):
     def segments(self) -> tuple[Span, ...]:
         """Character ranges that no unit reaches across; empty where there are none."""
         return ()
+
+    @property
+    def continuation(self) -> Continuation | None:
+        """What follows the prompt already, as in a trace; None where nothing does."""
+        return None
 
     def to_tensor(self) -> Tensor:
         """Indicator of the features, all present. Shape ``(1, n_itp_features)``."""
@@ -374,6 +419,66 @@ class ChatTokenInput(TokenIdsInput):
         baselines: int | str | Sequence[int] = 0,
         **template_args: Any,
     ) -> None:
+        template_args.setdefault(
+            "add_generation_prompt",
+            not template_args.get("continue_final_message", False),
+        )
+        copies = checked_messages(messages)
+        chat = RenderedChat.of(
+            copies, tokenizer, chosen_messages(copies, features), template_args
+        )
+        inside = chat.message_of_token >= 0
+        if not inside.any():
+            raise no_content(features)
+        self._segments = tuple(span for _, span in chat.contents)
+        self.messages = copies
+        self.set_tokens(list(chat.ids), tokenizer, inside, baselines)
+        self.set_text(chat.text)
+
+    @property
+    def segments(self) -> tuple[Span, ...]:
+        """Character ranges of the attributed contents."""
+        return self._segments
+
+
+@dataclass(frozen=True)
+class RenderedChat:
+    """Chat messages as the tokenizer's template writes them, tokenised once.
+
+    Attributes:
+        ids (tuple[int, ...]): token ids of the text.
+        text (TokenText): the text, with the range of each token.
+        contents (tuple): number of the message and character range of each chosen
+            content, in reading order.
+        message_of_token (numpy.ndarray): message whose chosen content a token belongs
+            to, -1 for none, int64.
+    """
+
+    ids: tuple[int, ...]
+    text: TokenText
+    contents: tuple[tuple[int, Span], ...]
+    message_of_token: npt.NDArray[np.int64]
+
+    @classmethod
+    def of(
+        cls,
+        messages: Sequence[Mapping[str, Any]],
+        tokenizer: Any,
+        chosen: Sequence[bool],
+        template_args: Mapping[str, Any],
+    ) -> RenderedChat:
+        """The chat, and where the contents of the chosen messages stand.
+
+        Args:
+            messages (Sequence[Mapping]): the messages.
+            tokenizer: a fast tokenizer with a chat template.
+            chosen (Sequence[bool]): whose content is to be found.
+            template_args (Mapping): for ``apply_chat_template``.
+
+        Raises:
+            ValueError: if the tokenizer has no chat template or no character offsets,
+                or the template does not show a chosen content.
+        """
         if getattr(tokenizer, "chat_template", None) is None and (
             template_args.get("chat_template") is None
         ):
@@ -391,48 +496,46 @@ class ChatTokenInput(TokenIdsInput):
                     "TokenIdsInput with a feature mask.",
                 )
             )
-        template_args.setdefault(
-            "add_generation_prompt",
-            not template_args.get("continue_final_message", False),
-        )
-        copies = _copies(messages)
-        chosen = _chosen(copies, features)
 
-        def render(rendered: list[dict[str, Any]]) -> str:
+        def render(rendered: Sequence[Mapping[str, Any]]) -> str:
             text: str = tokenizer.apply_chat_template(
-                rendered, tokenize=False, **template_args
+                [dict(message) for message in rendered], tokenize=False, **template_args
             )
             return text
 
-        text = render(copies)
+        text = render(messages)
         _check_unicode(text)
-        contents = _content_spans(copies, chosen, text, render)
+        contents = _content_spans(messages, chosen, text, render)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
         offsets = _without_gaps(encoded["offset_mapping"], text)
-        inside = np.array([_is_inside(text, span, contents) for span in offsets], bool)
-        if not inside.any():
-            raise ValueError(
-                complaint(
-                    "messages",
-                    "a chosen message must have visible content",
-                    f"features={features!r} chose none with any",
-                    "Choose other roles, or features='all'.",
-                )
-            )
-        self._segments = tuple(contents)
-        self.messages = copies
-        self._fill(ids, tokenizer, inside, baselines)
-        self._label(TokenText(text, offsets))
-
-    @property
-    def segments(self) -> tuple[Span, ...]:
-        """Character ranges of the attributed contents."""
-        return self._segments
+        numbers = [message_at(text, span, contents) for span in offsets]
+        return cls(
+            tuple(encoded["input_ids"]),
+            TokenText(text, offsets),
+            tuple(contents),
+            np.array(numbers, dtype=np.int64),
+        )
 
 
-def _copies(messages: Any) -> list[dict[str, Any]]:
-    """The messages, checked."""
+def no_content(features: Any) -> ValueError:
+    """The error of chosen messages in which nothing can be seen."""
+    return ValueError(
+        complaint(
+            "messages",
+            "a chosen message must have visible content",
+            f"features={features!r} chose none with any",
+            "Choose other roles, or features='all'.",
+        )
+    )
+
+
+def checked_messages(messages: Any) -> list[dict[str, Any]]:
+    """Copies of chat messages.
+
+    Raises:
+        TypeError: if they are no sequence of messages.
+        ValueError: if there is none, or one has no role.
+    """
     if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
         raise TypeError(
             complaint(
@@ -472,7 +575,15 @@ def _check_unicode(text: str) -> None:
         ) from None
 
 
-def _chosen(messages: Sequence[Mapping[str, Any]], features: Any) -> list[bool]:
+def chosen_messages(
+    messages: Sequence[Mapping[str, Any]], features: Any, where: str = "features"
+) -> list[bool]:
+    """Which messages a role, several roles, ``"all"`` or a function means.
+
+    Raises:
+        TypeError: if ``features`` is none of these.
+        ValueError: if no message has such a role.
+    """
     if callable(features):
         return [bool(features(message)) for message in messages]
     if features == "all":
@@ -480,10 +591,10 @@ def _chosen(messages: Sequence[Mapping[str, Any]], features: Any) -> list[bool]:
     if not isinstance(features, Collection):
         raise TypeError(
             complaint(
-                "features",
+                where,
                 "must be a role, several, 'all' or a function of a message",
                 f"{shown(features)} came",
-                "Pass features='user' if in doubt.",
+                f"Pass {where}='user' if in doubt.",
             )
         )
     roles = {features} if isinstance(features, str) else set(features)
@@ -491,7 +602,7 @@ def _chosen(messages: Sequence[Mapping[str, Any]], features: Any) -> list[bool]:
         there = sorted({str(message["role"]) for message in messages})
         raise ValueError(
             complaint(
-                "features",
+                where,
                 "must choose a message",
                 f"{features!r} came and the roles are {', '.join(there)}",
                 "Pass one of these roles, several, 'all', or a function of a message.",
@@ -515,16 +626,16 @@ def _content_spans(
     messages: Sequence[Mapping[str, Any]],
     chosen: Sequence[bool],
     text: str,
-    render: Callable[[list[dict[str, Any]]], str],
-) -> list[Span]:
-    """Where the chosen contents stand in the rendered text.
+    render: Callable[[Sequence[Mapping[str, Any]]], str],
+) -> list[tuple[int, Span]]:
+    """Where the chosen contents stand in the rendered text, each with its message.
 
     Each text is rendered again between two marks, which are then taken out; what is
     left must be the rendered text itself, so that the marks' places are those of the
     content. Marks stand inside white space, which templates may strip.
     """
     first, last = _unused(text, 2)
-    spans: list[Span] = []
+    spans: list[tuple[int, Span]] = []
     for number, message in enumerate(messages):
         if not chosen[number]:
             continue
@@ -546,7 +657,11 @@ def _content_spans(
                 ]
                 parts[place]["text"] = marked
                 changed[number]["content"] = parts
-            spans.extend(_marked_span(render(changed), text, core, first, last, number))
+            rendered = render(changed)
+            spans += [
+                (number, span)
+                for span in _marked_span(rendered, text, core, first, last, number)
+            ]
     return spans
 
 
@@ -596,12 +711,22 @@ def _without_gaps(offsets: Iterable[Sequence[int]], text: str) -> tuple[Span, ..
     return tuple(whole)
 
 
-def _is_inside(text: str, span: Span, contents: Sequence[Span]) -> bool:
-    """Whether a token's first visible character belongs to a content."""
+def message_at(text: str, span: Span, contents: Sequence[tuple[int, Span]]) -> int:
+    """The message whose content a token's first visible character belongs to, or -1.
+
+    Args:
+        text (str): the rendered chat.
+        span (tuple[int, int]): range of the token.
+        contents (Sequence): number of the message and range of each content.
+    """
     shown_text = text[slice(*span)]
     visible = span[1] - len(shown_text.lstrip())
     place = visible if visible < span[1] else span[0]
-    return span[0] < span[1] and any(a <= place < b for a, b in contents)
+    if span[0] < span[1]:
+        for number, (start, stop) in contents:
+            if start <= place < stop:
+                return number
+    return FIXED
 
 
 @dataclass(frozen=True)
@@ -616,6 +741,8 @@ class Prompt:
             None where features are no single tokens (templates, images, groups).
         special (numpy.ndarray): which tokens are special, bool.
         breaks (tuple[int, ...]): characters at which a unit must end.
+        continuation (Continuation or None): what follows the prompt already, in a
+            trace. Default: None
     """
 
     inp: InterpretableInput
@@ -624,6 +751,7 @@ class Prompt:
     feature_of_token: npt.NDArray[np.int64] | None
     special: npt.NDArray[np.bool_]
     breaks: tuple[int, ...]
+    continuation: Continuation | None = None
 
     @classmethod
     def read(cls, inp: InterpretableInput, tokenizer: Any) -> Prompt:
@@ -655,8 +783,10 @@ class Prompt:
             )
         feature_of_token = None
         breaks: tuple[int, ...] = ()
+        continuation = None
         if isinstance(inp, TokenIdsInput):
             feature_of_token = inp.feature_of_token
+            continuation = inp.continuation
             text = inp.token_text
             breaks = tuple(end for span in inp.segments for end in span)
         else:
@@ -669,7 +799,9 @@ class Prompt:
         ):
             feature_of_token = None  # features are groups of tokens already
         special = np.isin(ids, list(special_ids(tokenizer)))
-        return cls(inp, tuple(ids), text, feature_of_token, special, breaks)
+        return cls(
+            inp, tuple(ids), text, feature_of_token, special, breaks, continuation
+        )
 
     @cached_property
     def takes_ids_alone(self) -> bool:

@@ -69,11 +69,14 @@ class GraphAttributionResult(LLMAttributionResult):
         units (Sequence[Unit]): its ``P + G`` units.
         explained (Sequence[int]): positions of the explained generated units.
         source_text (str): text of the prompt.
-        generated_text (str): text that was generated.
+        generated_text (str): text that follows it: what was generated and, in a trace,
+            the text from outside in between.
         output_probs (ArrayLike, optional): probability of each generated unit given
             everything before it, shape ``(G,)``. Default: ``None``
         breaks (Sequence[int], optional): characters of the source text that no unit
             reaches across. Default: ``()``
+        generated_breaks (Sequence[int], optional): the same of the generated text.
+            Default: ``()``
         meta (Mapping, optional): how the result was made, JSON values only.
             Default: ``None``
         inp (InterpretableInput, optional): the input. Default: ``None``
@@ -86,11 +89,13 @@ class GraphAttributionResult(LLMAttributionResult):
 
     Attributes:
         graph (AttributionGraph): the graph.
-        units (tuple[Unit, ...]): its units, with text and character range.
+        units (tuple[Unit, ...]): its units in reading order, with text and character
+            range. Those before the first generated one stand in ``source_text``, the
+            others in ``generated_text``.
         explained (tuple[int, ...]): positions of the explained generated units.
         weights (numpy.ndarray): 1 for each explained unit, else 0. Shape ``(G,)``.
         source_text (str): text of the prompt.
-        generated_text (str): text that was generated.
+        generated_text (str): text that follows it.
         meta (dict): base method, units, versions.
         input_tokens (list[str]): text of the source units.
         output_tokens (list[str]): text of the generated units.
@@ -110,6 +115,7 @@ class GraphAttributionResult(LLMAttributionResult):
         generated_text: str,
         output_probs: npt.ArrayLike | None = None,
         breaks: Sequence[int] = (),
+        generated_breaks: Sequence[int] = (),
         meta: Mapping[str, Any] | None = None,
         inp: InterpretableInput | None = None,
         hops: int | None = None,
@@ -125,6 +131,7 @@ class GraphAttributionResult(LLMAttributionResult):
         self.source_text = source_text
         self.generated_text = generated_text
         self.breaks = tuple(breaks)
+        self.generated_breaks = tuple(generated_breaks)
         self.meta = dict(meta or {})
         self.hops = hops
         super().__init__(
@@ -282,6 +289,7 @@ class GraphAttributionResult(LLMAttributionResult):
             generated_text=self.generated_text,
             output_probs=self.output_probs,
             breaks=self.breaks,
+            generated_breaks=self.generated_breaks,
             meta=self.meta,
             inp=self.inp,
             hops=self.hops,
@@ -318,29 +326,37 @@ class GraphAttributionResult(LLMAttributionResult):
         )
 
     def _regrouped(self, units: Granularity) -> tuple[Units, Units]:
+        """Larger source units and larger generated units, over the present ones."""
         sides = split_units(units)
+        outside = sides["source"]
         if sides["both"] is not None:
             cut = len(self.source_text)
             sides["source"], sides["generated"] = split_ranges(sides["both"], cut)
-        found = []
-        for generated in (False, True):
-            side = "generated" if generated else "source"
-            members = [unit for unit in self.units if unit.generated == generated]
-            spans = [unit.span for unit in members if unit.span is not None]
-            if len(spans) < len(members):
-                found.append(Units(tuple(members), np.arange(len(members))))
-                continue
-            text = self.generated_text if generated else self.source_text
-            found.append(
-                group_tokens(
-                    TokenText(text, tuple(spans)),
-                    sides[side],
-                    generated=generated,
-                    special=np.array([unit.special for unit in members], dtype=bool),
-                    breaks=() if generated else self.breaks,
-                )
+            outside = "token"  # ranges after the prompt are those of generated text
+        first = int(self.graph.generated_units[0])
+        prompt, later = self.units[:first], self.units[first:]
+        parts = [
+            _grouped(self.source_text, prompt, False, sides["source"], self.breaks)
+        ]
+        parts += [
+            _grouped(
+                self.generated_text,
+                later,
+                is_generated,
+                granularity,
+                self.generated_breaks,
             )
-        return found[0], found[1]
+            for is_generated, granularity in (
+                (False, outside),
+                (True, sides["generated"]),
+            )
+        ]
+        prompt_units, outside_units, steps = parts
+        groups = [prompt_units.groups, outside_units.groups + len(prompt_units)]
+        sources = Units(
+            (*prompt_units.units, *outside_units.units), np.concatenate(groups)
+        )
+        return sources, steps
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in it as JSON values, scores included."""
@@ -373,6 +389,7 @@ class GraphAttributionResult(LLMAttributionResult):
             "source_text": self.source_text,
             "generated_text": self.generated_text,
             "breaks": list(self.breaks),
+            "generated_breaks": list(self.generated_breaks),
             "explained": list(self.explained),
             "hops": self.hops,
             "units": [
@@ -489,6 +506,9 @@ class GraphAttributionResult(LLMAttributionResult):
                 generated_text=str(header["generated_text"]),
                 output_probs=arrays.get("output_probs"),
                 breaks=[int(end) for end in header["breaks"]],
+                generated_breaks=[
+                    int(end) for end in header.get("generated_breaks", ())
+                ],
                 meta=header["meta"],
                 hops=None if first else header["hops"],
             )
@@ -501,6 +521,33 @@ class GraphAttributionResult(LLMAttributionResult):
             AssertionError,  # of Captum's result, where a shape does not fit
         ) as error:
             raise _not_a_result(path) from error
+
+
+def _grouped(
+    text: str,
+    units: Sequence[Unit],
+    generated: bool,
+    granularity: Any,
+    breaks: Sequence[int],
+) -> Units:
+    """The units of one kind in a text, in larger ones; those without a place alone."""
+    places = [place for place, unit in enumerate(units) if unit.generated == generated]
+    members = tuple(units[place] for place in places)
+    if not members or any(unit.span is None for unit in units):
+        return Units(members, np.arange(len(members)))
+    chosen = np.zeros(len(units), dtype=bool)
+    chosen[places] = True
+    turns = np.flatnonzero(np.diff(chosen.astype(int))) + 1
+    spans = [unit.span for unit in units if unit.span is not None]
+    found = group_tokens(
+        TokenText(text, tuple(spans)),
+        granularity,
+        generated=generated,
+        attributed=chosen,
+        special=np.array([unit.special for unit in units], dtype=bool),
+        breaks=(*breaks, *(spans[turn][0] for turn in turns.tolist())),
+    )
+    return Units(found.units, found.groups[places])
 
 
 def _indicator(units: Units) -> npt.NDArray[np.float64]:

@@ -112,7 +112,8 @@ def _check_remote(task: RowTask) -> None:
         )
     model_input = task.prompt.inp.to_model_input()
     lost = 0
-    for step, unit in enumerate(task.steps.units):
+    for step in task.written.tolist():
+        unit = task.steps.units[step]
         start, stop = task.range_of(step)
         ids = list(task.generated[start:stop])
         again = tokenizer.encode(decode(ids, tokenizer), add_special_tokens=False)
@@ -132,7 +133,7 @@ def _check_remote(task: RowTask) -> None:
         lost += list(read) != [*task.prompt.ids, *task.generated[:stop]]
     if lost:
         warnings.warn(
-            f"The remote model reads the text of {lost} of {len(task.steps)} rows as "
+            f"The remote model reads the text of {lost} of {len(task.written)} rows as "
             "other tokens than were generated, as text is all it can be sent.",
             stacklevel=4,
         )

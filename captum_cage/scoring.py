@@ -170,7 +170,7 @@ def generate_ids(
     prompt: Prompt,
     gen_args: Mapping[str, Any] | None,
 ) -> list[int]:
-    """Ids that the model generates after a prompt, special tokens included.
+    """Ids that the model generates after a prompt or trace, special tokens included.
 
     Args:
         llm_attr: the wrapped object, whose model or provider generates.
@@ -183,9 +183,10 @@ def generate_ids(
         ValueError: if nothing was generated.
     """
     arguments = dict(DEFAULT_GEN_ARGS if gen_args is None else gen_args)
+    before = prompt.continuation.ids if prompt.continuation is not None else ()
     if family(llm_attr) == "remote":
         text = text_before(
-            prompt.inp.to_model_input(), prompt, [], [], llm_attr.tokenizer
+            prompt.inp.to_model_input(), prompt, before, [], llm_attr.tokenizer
         )
         answer = llm_attr.provider.generate(text, **arguments)
         generated = llm_attr.tokenizer.encode(answer, add_special_tokens=False)
@@ -200,7 +201,7 @@ def generate_ids(
                     "Pass the text or the ids to explain.",
                 )
             )
-        inputs = _model_inputs(llm_attr, prompt, [])
+        inputs = _model_inputs(llm_attr, prompt, before)
         output = model.generate(**inputs, **arguments)
         sequences = output if isinstance(output, torch.Tensor) else output.sequences
         generated = sequences[0, inputs["input_ids"].shape[1] :].tolist()

@@ -60,7 +60,7 @@ def explained_units(
     if isinstance(explain, slice):
         return _sliced(explain, count)
     if isinstance(explain, str | re.Pattern):
-        return _overlapping(find_span(explain, text), units, text)
+        return _overlapping(find_span(explain, text, units), units, text)
     if isinstance(explain, int | np.integer) and not isinstance(explain, bool):
         position = whole_number(
             "explain",
@@ -105,11 +105,15 @@ def _sliced(explain: slice, count: int) -> tuple[int, ...]:
     return chosen
 
 
-def find_span(explain: str | re.Pattern[str], text: str) -> Span:
+def find_span(
+    explain: str | re.Pattern[str], text: str, units: Sequence[Unit] = ()
+) -> Span:
     """Character range of the last occurrence of a text or pattern.
 
     Matches of a pattern that have no visible character do not count, such as those of
-    ``[0-9]*`` between numbers.
+    ``[0-9]*`` between numbers. Where units are given, an occurrence that shares a
+    visible character with one goes before those that do not, as in the text of a trace
+    that also has turns from outside.
 
     Raises:
         TypeError: if the pattern is for bytes.
@@ -123,19 +127,21 @@ def find_span(explain: str | re.Pattern[str], text: str) -> Span:
                     "explain", "must be a pattern for text", f"{what} came", _FORMS
                 )
             )
-        matches = list(explain.finditer(text))
-        visible = [match for match in matches if match.group().strip()]
-        span = (visible or matches)[-1].span() if matches else None
+        found = [match.span() for match in explain.finditer(text)]
     else:
         what = f"the text {explain!r}"
-        start = text.rfind(explain)
-        span = (start, start + len(explain)) if start >= 0 else None
-    if span is None:
+        pattern = re.compile(f"(?={re.escape(explain)})")  # overlapping ones, too
+        starts = [match.start() for match in pattern.finditer(text)]
+        found = [(start, start + len(explain)) for start in starts]
+    visible = [span for span in found if text[slice(*span)].strip()]
+    if not found:
         reads = text if len(text) <= 80 else f"{text[:80]}..."
         raise ValueError(
             f"explain: {what} does not occur in the generated text. It reads: "
             f"{reads!r}. {_FORMS}"
         )
+    shared = (s for s in reversed(visible) if _shared_units(s, units, text))
+    span = next(shared, (visible or found)[-1])
     if not text[slice(*span)].strip():
         raise ValueError(
             complaint(
@@ -149,13 +155,8 @@ def find_span(explain: str | re.Pattern[str], text: str) -> Span:
 
 
 def _overlapping(span: Span, units: Sequence[Unit], text: str) -> tuple[int, ...]:
-    """Units that share a visible character with the range."""
-    chosen = []
-    for position, unit in enumerate(units):
-        if unit.span is not None:
-            start, stop = max(unit.span[0], span[0]), min(unit.span[1], span[1])
-            if text[start:stop].strip():
-                chosen.append(position)
+    """Units that share a visible character with the range, at least one."""
+    chosen = _shared_units(span, units, text)
     if not chosen:
         raise ValueError(
             complaint(
@@ -165,4 +166,14 @@ def _overlapping(span: Span, units: Sequence[Unit], text: str) -> tuple[int, ...
                 _FORMS,
             )
         )
+    return chosen
+
+
+def _shared_units(span: Span, units: Sequence[Unit], text: str) -> tuple[int, ...]:
+    chosen = []
+    for position, unit in enumerate(units):
+        if unit.span is not None:
+            start, stop = max(unit.span[0], span[0]), min(unit.span[1], span[1])
+            if text[start:stop].strip():
+                chosen.append(position)
     return tuple(chosen)

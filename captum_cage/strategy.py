@@ -222,30 +222,32 @@ class RowStore:
 
     def graph(self) -> AttributionGraph:
         """The graph of the rows that are stored."""
-        G, N = len(self.task.steps), self.task.width
-        kept = np.zeros(G)
-        for step, (_, _, held) in self.rows.items():
-            kept[step] = held
-        rows: Any
+        written = self.task.written.tolist()
+        kept = np.zeros(len(written))
+        rows: Any = None
         if self.sparsify is None:
-            rows = np.zeros((G, N))
-            for step, (values, _, _) in self.rows.items():
-                rows[step] = values
-        else:
-            rows = self._sparse(G, N)
-        P = len(self.task.sources)
-        return AttributionGraph.from_rows(rows, P, self.normalization, kept=kept)
+            rows = np.zeros((len(written), self.task.width))
+        for row, step in enumerate(written):
+            if step in self.rows:
+                values, _, kept[row] = self.rows[step]
+                if rows is not None:
+                    rows[row] = values
+        if rows is None:
+            rows = self._sparse(written)
+        return AttributionGraph.from_rows(
+            rows, self.task.is_source, self.normalization, kept=kept
+        )
 
-    def _sparse(self, G: int, N: int) -> csr_array:
+    def _sparse(self, written: Sequence[int]) -> csr_array:
         none = (np.zeros(0), np.zeros(0, dtype=np.int64), 0.0)
-        stored = [self.rows.get(step, none) for step in range(G)]
+        stored = [self.rows.get(step, none) for step in written]
         return csr_array(
             (
                 np.concatenate([values for values, _, _ in stored]),
                 np.concatenate([units for _, units, _ in stored]),
                 np.cumsum([0, *(len(values) for values, _, _ in stored)]),
             ),
-            shape=(G, N),
+            shape=(len(written), self.task.width),
         )
 
 
@@ -266,11 +268,12 @@ def fill(
     Args:
         store (RowStore): where rows are kept.
         strategy (Strategy): how they are computed.
-        weights (numpy.ndarray): weight of each explained unit, shape ``(G,)``.
+        weights (numpy.ndarray): weight of each step, zero where it is not explained,
+            shape ``(steps,)``.
         approximation (Approximation): what may be left out.
         show_progress (bool): show a progress bar on stderr.
     """
-    G = len(store.task.steps)
+    G = len(store.task.written)
     bar = tqdm(
         desc="rows",
         unit="row",
@@ -292,10 +295,11 @@ def _fill(
     approximation: Approximation,
     bar: Any,
 ) -> None:
-    G = len(store.task.steps)
+    written = store.task.written
     if approximation.tolerance == 0.0 or not strategy.by_row:
-        last = G if approximation.tolerance == 0.0 else _after(weights)
-        missing = [step for step in range(last) if step not in store.rows]
+        if approximation.tolerance > 0.0:
+            written = written[written < _after(weights)]
+        missing = [step for step in written.tolist() if step not in store.rows]
         if missing:
             for step, row in strategy.rows(missing):
                 store.add(step, row)
@@ -309,14 +313,17 @@ def _fill(
         approximation.hops,
     )
     at_once = _ROWS_AT_ONCE if strategy.name == "fused" else 1
+    has_row = set(written.tolist())
     while wanted := frontier.wanted(at_once).tolist():
-        missing = sorted(step for step in wanted if step not in store.rows)
+        missing = sorted(has_row.intersection(wanted).difference(store.rows))
         if missing:
             for step, row in strategy.rows(missing):
                 store.add(step, row)
                 bar.update()
         for step in wanted:
-            frontier.add(step, store.row(step))
+            # Mass that comes to a unit from outside stays there, as in a source.
+            row = store.row(step) if step in has_row else np.zeros(store.task.width)
+            frontier.add(step, row)
 
 
 def _after(weights: npt.NDArray[np.float64]) -> int:

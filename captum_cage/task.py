@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from captum.attr import InterpretableInput, TextTemplateInput
 
 from captum_cage._captum import LLMAttributionObject
 from captum_cage._checks import complaint
-from captum_cage.inputs import PrefixedInput, Prompt, TokenIdsInput
+from captum_cage.inputs import Continuation, PrefixedInput, Prompt, TokenIdsInput
 from captum_cage.text import Span, TokenText, decode, read_tokens, special_ids
 from captum_cage.units import FIXED, Segments, Unit, Units, group_tokens, split_ranges
 
@@ -54,10 +55,12 @@ class RowTask:
     Attributes:
         llm_attr: the wrapped Captum object.
         prompt (Prompt): what stands before the generated text.
-        generated (tuple[int, ...]): generated ids.
+        generated (tuple[int, ...]): ids of all that follows the prompt: what the model
+            wrote and, in a trace, text from outside in between.
         generated_text (TokenText): their text.
         sources (Units): source units, by token of the prompt or by feature.
-        steps (Units): generated units, by generated token.
+        steps (Units): the units that follow the prompt, by token; those from outside
+            are not generated and have no row, and tokens of no unit have -1.
         baseline (int): id that stands for an absent generated token.
         kwargs (Mapping): arguments for the wrapped object's ``attribute``.
         batch_size (int or None): most sequences that an engine may give the model at
@@ -80,9 +83,36 @@ class RowTask:
     show_progress: bool = False
     kept: dict[str, Any] = field(default_factory=dict, compare=False)
 
+    @cached_property
+    def written(self) -> npt.NDArray[np.int64]:
+        """Steps that the model wrote and that have rows, ascending. Shape ``(G,)``."""
+        return np.flatnonzero([unit.generated for unit in self.steps.units])
+
+    @property
+    def is_source(self) -> npt.NDArray[np.bool_]:
+        """Whether a unit is a source, in the order of the text. Shape ``(N,)``."""
+        outside = [not unit.generated for unit in self.steps.units]
+        return np.array([True] * len(self.sources) + outside, dtype=bool)
+
+    def unit_sums(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """Sums over the tokens of each step, of values of the first tokens.
+
+        Args:
+            values (numpy.ndarray): one per token after the prompt, from the first on.
+
+        Returns:
+            numpy.ndarray: one per step up to that of the last token, float64.
+        """
+        groups = self.steps.groups[: len(values)]
+        inside = groups >= 0
+        sums: npt.NDArray[np.float64] = np.bincount(
+            groups[inside], weights=values[inside]
+        )
+        return sums
+
     @property
     def width(self) -> int:
-        """Number of units, ``N = P + G``."""
+        """Number of units, ``N``: sources, then all that follow the prompt."""
         return len(self.sources) + len(self.steps)
 
     @property
@@ -98,7 +128,7 @@ class RowTask:
         )
 
     def range_of(self, step: int) -> tuple[int, int]:
-        """First generated token of a unit, and the one after its last."""
+        """First token of a step after the prompt, and the one after its last."""
         members = self.steps.members(step)
         return int(members[0]), int(members[-1]) + 1
 
@@ -111,7 +141,9 @@ class RowTask:
         if self.prompt.feature_of_token is None:
             feature: npt.NDArray[np.int64] = self.prompt.inp.feature_of_token
             sources = np.where(feature >= 0, sources[feature], FIXED)
-        return np.concatenate([sources, self.steps.groups + len(self.sources)])
+        steps = self.steps.groups
+        later = np.where(steps >= 0, steps + len(self.sources), FIXED)
+        return np.concatenate([sources, later])
 
     def baseline_ids(self) -> list[int]:
         """The id that stands for each token of prompt and generated text if absent."""
@@ -159,7 +191,7 @@ def text_units(
 
     Args:
         prompt (Prompt): the prompt.
-        generated (Sequence[int]): ids of the generated text.
+        generated (Sequence[int]): ids of all that follows the prompt.
         sides (Mapping): the granularity of each side, as ``split_units`` gives it.
         tokenizer: the tokenizer of the ids.
 
@@ -167,11 +199,112 @@ def text_units(
         ValueError: if ranges do not fit the text.
     """
     source_units, step_units = sides["source"], sides["generated"]
+    later_units = source_units
     if sides["both"] is not None:
         cut = len(prompt.text.text)
         source_units, step_units = split_ranges(sides["both"], cut)
-    text, steps = generated_units(prompt.ids, generated, step_units, tokenizer)
-    return text, _source_units(prompt, source_units), steps
+        later_units = step_units
+    sources = _source_units(prompt, source_units)
+    if prompt.continuation is None:
+        text, steps = generated_units(prompt.ids, generated, step_units, tokenizer)
+        return text, sources, steps
+    trace = _Trace.of(prompt, prompt.continuation, generated, tokenizer)
+    return trace.text, sources, trace.units(later_units, step_units, tokenizer)
+
+
+@dataclass(frozen=True)
+class _Trace:
+    """All that follows the prompt of a trace, up to the end of what was generated."""
+
+    ids: tuple[int, ...]
+    text: TokenText
+    generated: npt.NDArray[np.bool_]
+    attributed: npt.NDArray[np.bool_]
+    breaks: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Prompt,
+        before: Continuation,
+        generated: Sequence[int],
+        tokenizer: Any,
+    ) -> _Trace:
+        """The trace with what was generated after it."""
+        new = generated[len(before.ids) :]
+        text, breaks = before.text, before.breaks
+        if new:
+            context = [*prompt.ids, *before.ids][-_CONTEXT:]
+            added = read_tokens([*context, *new], tokenizer).split(len(context))[1]
+            cut = len(text.text)
+            offsets = tuple((a + cut, b + cut) for a, b in added.offsets)
+            text = TokenText(text.text + added.text, (*text.offsets, *offsets))
+            breaks = before.all_breaks
+        ones = np.ones(len(new), dtype=bool)
+        return cls(
+            tuple(generated),
+            text,
+            np.concatenate([before.generated, ones]),
+            np.concatenate([before.attributed, ones]),
+            breaks,
+        )
+
+    def units(self, outside: Any, written: Any, tokenizer: Any) -> Units:
+        """The units of both kinds, in reading order."""
+        special = np.isin(self.ids, list(special_ids(tokenizer)))
+        kinds = []
+        for is_written, granularity in ((False, outside), (True, written)):
+            mask = self.attributed & (self.generated == is_written)
+            if isinstance(granularity, list):
+                granularity = self._ranges_in(granularity, mask)
+            units = group_tokens(
+                self.text,
+                granularity,
+                generated=is_written,
+                attributed=mask,
+                special=special,
+                breaks=self.breaks,
+            )
+            kinds.append(units)
+        return _merged(*kinds)
+
+    def _ranges_in(
+        self, ranges: Sequence[Span], mask: npt.NDArray[np.bool_]
+    ) -> list[Span]:
+        """The ranges that cover tokens of one kind, and of this kind only."""
+        chosen = []
+        for start, stop in ranges:
+            inside = [a < stop and start < b for a, b in self.text.offsets]
+            covered = np.array(inside) & self.attributed
+            if not (covered & mask).any():
+                continue
+            first, last = np.flatnonzero(covered)[[0, -1]]
+            if not mask[first : last + 1].all():
+                text = self.text.text[start:stop]
+                raise ValueError(
+                    complaint(
+                        "units",
+                        "a range must lie in one message of a trace",
+                        f"({start}, {stop}), {text!r}, came",
+                        "Cut it where the message ends.",
+                    )
+                )
+            chosen.append((start, stop))
+        return chosen
+
+
+def _merged(outside: Units, written: Units) -> Units:
+    """Units of two kinds over the same tokens, in the order of their first tokens."""
+    found = [
+        (int(kind.members(number)[0]), kind, number)
+        for kind in (outside, written)
+        for number in range(len(kind))
+    ]
+    found.sort(key=lambda item: item[0])
+    groups = np.full(len(written.groups), FIXED, dtype=np.int64)
+    for place, (_, kind, number) in enumerate(found):
+        groups[kind.groups == number] = place
+    return Units(tuple(kind.units[number] for _, kind, number in found), groups)
 
 
 def generated_units(

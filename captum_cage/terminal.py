@@ -11,10 +11,11 @@ import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from numpy.typing import ArrayLike
 from rich import box
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.padding import Padding
@@ -28,6 +29,7 @@ from captum_cage.units import Unit
 __all__ = ["TerminalView", "harmless"]
 
 Shares = npt.NDArray[np.float64]
+_Sides: TypeAlias = tuple[Shares, Shares]  # of units before generated text, and after
 
 SIDES = (0, 1)  # prompt, generated text
 
@@ -140,32 +142,52 @@ class TerminalView:
         """Shares one step back, and along all paths."""
         result = self.result
         _, to_generated = result.graph.blocks()
-        direct = (result.direct.seq_attr.numpy(), result.weights @ to_generated)
+        direct = self._by_side(result.direct.seq_attr, result.weights @ to_generated)
         # Without the explained units' own weight.
         through = result.step_attr.numpy() - result.weights
-        marginal = (result.seq_attr.numpy(), through)
+        marginal = self._by_side(result.seq_attr, through)
+        if self._outside:
+            headings = ("before the first generated text", "after it")
+            what = "after it: what ends there or passes through"
+        else:
+            headings = ("prompt", "generated text")
+            what = "generated text: what passes through"
         return (
-            _View(
-                "direct: one step back",
-                ("prompt", "generated text"),
-                (direct[0] / self._total, direct[1] / self._total),
-            ),
-            _View(
-                "marginalised: along all paths",
-                ("prompt", "generated text: what passes through"),
-                (marginal[0] / self._total, marginal[1] / self._total),
-            ),
+            _View("direct: one step back", headings, direct),
+            _View("marginalised: along all paths", (headings[0], what), marginal),
         )
+
+    @property
+    def _cut(self) -> int:
+        """Number of units before the first generated one."""
+        return int(self.result.graph.generated_units[0])
+
+    @property
+    def _outside(self) -> bool:
+        """Whether units from outside stand after generated text, as in a trace."""
+        return self._cut < self.result.graph.n_sources
+
+    def _by_side(self, of_sources: ArrayLike, of_steps: ArrayLike) -> _Sides:
+        """Shares of the explained mass, in the order of the units."""
+        graph = self.result.graph
+        shares = np.zeros(graph.n_units)
+        shares[graph.source_units] = of_sources
+        shares[graph.generated_units] = of_steps
+        shares /= self._total
+        return shares[: self._cut], shares[self._cut :]
 
     @cached_property
     def _source_text(self) -> _Layout:
-        units = [unit for unit in self.result.units if not unit.generated]
-        return _Layout.of(self.result.source_text, units, ())
+        return _Layout.of(self.result.source_text, self.result.units[: self._cut], ())
 
     @cached_property
     def _generated_text(self) -> _Layout:
-        units = [unit for unit in self.result.units if unit.generated]
-        return _Layout.of(self.result.generated_text, units, self.result.explained)
+        places = self.result.graph.generated_units[list(self.result.explained)]
+        return _Layout.of(
+            self.result.generated_text,
+            self.result.units[self._cut :],
+            (places - self._cut).tolist(),
+        )
 
     @property
     def _signed(self) -> bool:
@@ -226,10 +248,23 @@ class TerminalView:
 
     # --- the sources ---------------------------------------------------------------
 
+    def _source_places(self) -> list[tuple[int, _Stretch, int]]:
+        """Side, stretch and its number of all places where sources stand."""
+        found = []
+        for side, layout in enumerate((self._source_text, self._generated_text)):
+            for number, stretch in enumerate(layout.stretches):
+                first = stretch.units[0] + side * self._cut
+                if not self.result.units[first].generated:
+                    found.append((side, stretch, number))
+        return found
+
     def _sources(self, width: int, marks: tuple[str, str, str]) -> RenderableType:
         opened, closed, block = marks
-        layout = self._source_text
-        direct, marginal = (layout.summed(view.shares[0]) for view in self._views)
+        places = self._source_places()
+        direct, marginal = (
+            np.array([view.shares[side][list(s.units)].sum() for side, s, _ in places])
+            for view in self._views
+        )
         order = np.lexsort((-np.abs(direct), -np.abs(marginal)))
         told = (np.abs(marginal) + np.abs(direct) >= _LISTED)[order]
         listed, rest = order[told][: self.top], order[told][self.top :]
@@ -239,7 +274,11 @@ class TerminalView:
         columns = [*([len("true fact")] if self.truth else []), *numbers]
         columns += [bar] if bar else []
         left = width - sum(columns) - 2 * len(columns)
-        texts = [layout.in_context(i, left, opened, closed) for i in listed]
+        layouts = (self._source_text, self._generated_text)
+        texts = []
+        for i in listed:
+            side, _, number = places[i]
+            texts.append(layouts[side].in_context(number, left, opened, closed))
         longest = max((text.cell_len for text in texts), default=0)
         table = Table(box=None, pad_edge=False, show_edge=False, padding=(0, 2, 0, 0))
         table.add_column(
@@ -258,7 +297,9 @@ class TerminalView:
         for i, text in zip(listed, texts, strict=True):
             row: list[RenderableType] = [text]
             if self.truth:
-                row.append("*" if layout.overlaps(i, self.truth) else "")
+                side, _, number = places[i]
+                is_true = side == 0 and layouts[0].overlaps(number, self.truth)
+                row.append("*" if is_true else "")
             row.append(_percent(direct[i], self._signed, digits=1))
             row.append(Text(_percent(marginal[i], self._signed, digits=1), "bold"))
             if bar:
@@ -317,17 +358,21 @@ class TerminalView:
     def _facts(self) -> RenderableType:
         result, signed = self.result, self._signed
         graph = result.graph
-        direct, mass = (view.shares[0].sum() for view in self._views)
+        direct, mass = (
+            float(attr.sum()) / self._total
+            for attr in (result.direct.seq_attr, result.seq_attr)
+        )
         leak = _percent(result.leaked / self._total, signed, digits=1)
         unresolved = _percent(result.unresolved / self._total, digits=1)
         if result.unresolved > 0 and not float(unresolved[:-1]):
             unresolved = "<0.1%"
         explained = len(result.explained)
         units = result.meta.get("units", "own")
+        where = "from outside" if self._outside else "in the prompt"
         how = [
             str(result.meta.get("method", "unknown method")),
             f"{graph.normalization} normalisation",
-            f"{units} units ({graph.n_sources} in the prompt, {graph.n_generated} "
+            f"{units} units ({graph.n_sources} {where}, {graph.n_generated} "
             f"generated, {explained} explained)",
         ]
         if "model" in result.meta:
@@ -355,7 +400,7 @@ class _View(NamedTuple):
 
     title: str
     headings: tuple[str, str]
-    shares: tuple[Shares, Shares]  # of the explained mass; (P,) and (G,)
+    shares: _Sides  # of the explained mass
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ class EngineReport:
 def check_engine(
     llm_attr: LLMAttributionObject,
     inp: InterpretableInput,
-    target: str | Sequence[int] | Tensor,
+    target: str | Sequence[int] | Tensor | None = None,
     *,
     units: Granularity = "token",
     tolerance: float | None = None,
@@ -67,7 +67,8 @@ def check_engine(
     Args:
         llm_attr: the Captum object, whose base method has an engine.
         inp (InterpretableInput): the prompt.
-        target (str or Sequence[int] or Tensor): the generated text or its ids.
+        target (str or Sequence[int] or Tensor, optional): the generated text or its
+            ids; None for a trace that ends with generated text. Default: ``None``
         units (optional): as for ``attribute``. Default: ``"token"``
         tolerance (float, optional): largest difference, relative to the largest entry.
             Default: 1e-5 for float32 models, 1e-10 for float64, 0.1 for half types
@@ -126,7 +127,7 @@ def check_engine(
 def _rows(
     cage: GraphContextAttribution,
     inp: InterpretableInput,
-    target: str | Sequence[int] | Tensor,
+    target: str | Sequence[int] | Tensor | None,
     strategy: Any,
     runs: int,
     seed: int,

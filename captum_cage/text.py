@@ -13,6 +13,7 @@ __all__ = [
     "Span",
     "TokenText",
     "decode",
+    "message_spans",
     "read_tokens",
     "sentence_spans",
     "special_ids",
@@ -204,6 +205,20 @@ def word_spans(text: str) -> list[Span]:
         [(0, 2), (3, 5), (6, 10)]
     """
     return [match.span() for match in _WORD.finditer(text)]
+
+
+def message_spans(text: str) -> list[Span]:
+    """The range of a whole text, without the white space around it.
+
+    Units end where a message of a chat does, so that each message is one unit.
+
+    Example:
+        >>> message_spans(" It is 3. Is it? ")
+        [(1, 16)]
+    """
+    start = len(text) - len(text.lstrip())
+    stop = len(text.rstrip())
+    return [(start, stop)] if start < stop else []
 
 
 # --- sentences ---------------------------------------------------------------------

@@ -13,7 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from captum_cage._checks import complaint
-from captum_cage.text import Span, TokenText, sentence_spans, shifted, word_spans
+from captum_cage.text import (
+    Span,
+    TokenText,
+    message_spans,
+    sentence_spans,
+    shifted,
+    word_spans,
+)
 
 __all__ = [
     "Granularity",
@@ -28,7 +35,11 @@ __all__ = [
 Segments: TypeAlias = Callable[[str], Iterable[Span]]
 Granularity: TypeAlias = str | Segments | Sequence[Span] | Mapping[str, object]
 
-NAMED: dict[str, Segments] = {"word": word_spans, "sentence": sentence_spans}
+NAMED: dict[str, Segments] = {
+    "word": word_spans,
+    "sentence": sentence_spans,
+    "message": message_spans,
+}
 FIXED = -1  # group of a token that is not attributed
 _SIDES = ("source", "generated")
 
@@ -77,10 +88,10 @@ def split_units(units: Granularity) -> dict[str, Any]:
     """The granularity of each side, checked.
 
     Args:
-        units: ``"token"``, ``"word"``, ``"sentence"``, a function from text to
-            character ranges, character ranges in the whole text, or a mapping with one
-            of these for ``"source"`` and for ``"generated"`` (ranges then count within
-            that side's text).
+        units: ``"token"``, ``"word"``, ``"sentence"``, ``"message"``, a function from
+            text to character ranges, character ranges in the whole text, or a mapping
+            with one of these for ``"source"`` and for ``"generated"`` (ranges then
+            count within that side's text).
 
     Returns:
         dict: one entry for ``"source"``, ``"generated"`` and ``"both"``. Ranges in the

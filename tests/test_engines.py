@@ -35,9 +35,14 @@ from captum_cage.engines import Engine, register_engine
 from captum_cage.engines import columns as columns_module
 from captum_cage.engines import gradient as gradient_module
 from captum_cage.engines import verification as verification_module
+from captum_cage.engines.columns import scored_subsets
 from captum_cage.engines.engine import Unsuitable
 from captum_cage.engines.registry import _engines, engine_names
+from captum_cage.engines.sequences import SequenceScorer
+from captum_cage.inputs import Prompt
+from captum_cage.task import RowTask, text_units
 from captum_cage.testing import check_engine
+from captum_cage.units import split_units
 from conftest import PROMPT
 from tiny import (
     ARCHITECTURES,
@@ -896,6 +901,32 @@ class TestShapley:
             llm_attr, inp, target, "fused", n_samples=2, num_trials=3
         ).graph.rows
         assert two == pytest.approx(one, abs=1e-5)
+
+
+class TestScoredSubsets:
+    """What several rows see of one set of units."""
+
+    def test_a_row_s_own_question_outlasts_a_later_one_of_all_rows(
+        self, model, tokenizer
+    ):
+        """Two sets that begin alike share it; either may be asked about first."""
+        llm_attr = wrapped(ShapleyValueSampling, model, tokenizer)
+        prompt = Prompt.read(TextTokenInput(SHORT, tokenizer), tokenizer)
+        ids = tokenizer.encode(ANSWER)
+        sides = split_units({"source": "word", "generated": "word"})
+        text, sources, steps = text_units(prompt, ids, sides, tokenizer)
+        task = RowTask(llm_attr, prompt, tuple(ids), text, sources, steps, 0, {})
+        row = next(s for s in range(len(steps)) if len(steps.members(s)) > 1)
+        own, rows = len(sources) + row, len(steps)
+        present = np.ones((3, len(sources) + rows - 1), dtype=bool)
+        present[0, own] = False
+        present[1, own:] = False
+        present[2, [0, own]] = False
+        scorer = SequenceScorer(task, len(ids))
+        found = scored_subsets(task, scorer, present, rows)
+        for place in range(3):
+            alone = scored_subsets(task, scorer, present[place : place + 1], rows)
+            np.testing.assert_allclose(found[place], alone[0], atol=1e-5)
 
 
 class TestRegression:

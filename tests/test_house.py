@@ -24,7 +24,7 @@ LAYERS = (
     {"_captum", "_model", "_shares", "solve", "text"},
     {"units", "graph", "frontier", "causal"},
     {"spans", "inputs"},
-    {"task"},
+    {"task", "traces"},
     {"methods"},
     {"rows", "scoring", "engines", "result"},
     {"strategy"},

@@ -65,9 +65,7 @@ def unit_values(
     Returns:
         numpy.ndarray: one value per unit, float64.
     """
-    groups = task.steps.groups[: len(scores)]
-    starts = np.flatnonzero(np.diff(groups, prepend=-1))
-    values: npt.NDArray[np.float64] = np.add.reduceat(scores, starts)
+    values = task.unit_sums(scores)
     if getattr(task.llm_attr, "attr_target", "log_prob") != "log_prob":
         return np.exp(values)
     return values
@@ -114,7 +112,10 @@ def scored_subsets(
     ranges = [task.range_of(row) for row in range(rows)]
     for place, units in enumerate(present):
         ask(units, place, 0, ranges[-1][1], None)
-        for row, (first, stop) in enumerate(ranges):
+        for row in task.written.tolist():
+            if row >= rows:
+                break
+            first, stop = ranges[row]
             own = P + row
             if stop - first > 1 and own < len(units) and not units[own]:
                 ask(np.append(units[:own], True), place, first, stop, row)
@@ -128,9 +129,11 @@ def scored_subsets(
         _, _, end, alone = questions[number]
         of_units = unit_values(task, scores[:end])
         found[number] = of_units if alone is None else float(of_units[alone])
-    for number, (_, _, _, asked_row) in enumerate(questions):
-        columns = slice(None) if asked_row is None else asked_row
-        values[answered[number], columns] = found[number]
+    # A row's own question may have been asked before the one of all rows.
+    whole_first = sorted(range(len(questions)), key=lambda n: questions[n][3] is None)
+    for number in reversed(whole_first):
+        row = questions[number][3]
+        values[answered[number], slice(None) if row is None else row] = found[number]
     return values
 
 

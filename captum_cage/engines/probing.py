@@ -198,9 +198,7 @@ class _Reader:
 
 def _unit_sums(task: RowTask, values: Array, rows: int) -> Array:
     """Sum over the tokens of each generated unit, shape ``(rows,)``."""
-    starts = [task.range_of(row)[0] for row in range(rows)]
-    sums: Array = np.add.reduceat(values, starts)
-    return sums
+    return task.unit_sums(values)[:rows]
 
 
 # --- context-length probing ----------------------------------------------------------
@@ -251,7 +249,8 @@ class _Probe:
         self._row_of_count = {count: row for row, count in enumerate(self.runs_before)}
         method: Any = task.llm_attr.attr_method
         self._empty: int | None = method.empty
-        self._nothing_stays = bool((self._units >= 0).all())
+        # Number of tokens at the beginning that are all attributed.
+        self._attributed = int(np.argmin(np.append(self._units >= 0, False)))
 
     def row_after_next(self, run: int) -> int | None:
         """The row before whose unit one more run is left after a cut."""
@@ -286,7 +285,7 @@ class _Probe:
     def _first(self, run: int) -> int:
         """The first generated token after a cut that has a context."""
         after = int(self.runs[run][1][-1]) + 1
-        is_empty = self._nothing_stays and after >= self._prompt
+        is_empty = self._prompt <= after <= self._attributed
         return max(0, after - self._prompt) + is_empty
 
     def alone(self, rows: Sequence[int], shortest: Array) -> Array:
@@ -298,11 +297,11 @@ class _Probe:
                 run alone.
         """
         found = np.zeros(len(self.runs_before))
-        if not self._nothing_stays:
-            return found
         texts = []
         for row in rows:
             first = self._task.range_of(row)[0]
+            if self._prompt + first > self._attributed:
+                continue
             latest = self._reader.ids[self._prompt + first - 1].reshape(1)
             read = latest if self._empty is None else torch.tensor([self._empty])
             tokens = self.runs[self.runs_before[row] - 1][1]

@@ -35,8 +35,7 @@ def _rows(task: RowTask, steps: Sequence[int]) -> Iterator[npt.NDArray[np.float6
     columns = Columns.of(task, "suppression", units, last + 1)
     passes = _Passes(task, task.range_of(last)[1])
     for unit, effects in columns.progress(passes.effects(columns.missing())):
-        starts = [task.range_of(row)[0] for row in range(last + 1)]
-        effect = np.add.reduceat(effects, starts)
+        effect = task.unit_sums(effects)
         effect[: max(0, unit - len(task.sources) + 1)] = 0.0
         columns.fill(unit, effect)
     yield from columns.rows(task, steps)
