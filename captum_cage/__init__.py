@@ -6,6 +6,7 @@ from captum_cage.engines import register_engine
 from captum_cage.graph import AttributionGraph
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
 from captum_cage.result import GraphAttributionResult, TextPath
+from captum_cage.thinking import Part
 from captum_cage.traces import ChatTraceInput, TraceIdsInput
 from captum_cage.units import Unit
 
@@ -15,6 +16,7 @@ __all__ = [
     "ChatTraceInput",
     "GraphAttributionResult",
     "GraphContextAttribution",
+    "Part",
     "TextPath",
     "TokenIdsInput",
     "TraceIdsInput",

@@ -26,6 +26,9 @@ from captum_cage._captum import (
 )
 from captum_cage._checks import complaint, one_of, shown, whole_number
 from captum_cage._version import __version__
+from captum_cage.contrast import Contrast, Foils, contrast_row, contrasts
+from captum_cage.draws import DrawnRows
+from captum_cage.followup import Followup, Question
 from captum_cage.graph import AttributionGraph, Normalization
 from captum_cage.inputs import Prompt, baseline_id, target_ids
 from captum_cage.result import GraphAttributionResult
@@ -47,6 +50,7 @@ from captum_cage.strategy import (
     fill,
 )
 from captum_cage.task import RowTask, text_units
+from captum_cage.thinking import Think
 from captum_cage.units import Granularity, split_units
 
 __all__ = ["GraphContextAttribution"]
@@ -126,6 +130,7 @@ class GraphContextAttribution(CaptumAttribution):
         self.normalization: Normalization = normalization
         self.generated_baseline = generated_baseline
         self._unfinished: RowStore | None = None
+        self._finished: list[RowStore] = []  # draws of an interrupted call
         self._told: set[str] = set()
 
     def attribute(
@@ -135,11 +140,14 @@ class GraphContextAttribution(CaptumAttribution):
         *,
         explain: Explain = None,
         units: Granularity = "token",
+        foil: Foils | None = None,
         gen_args: Mapping[str, Any] | None = None,
+        think: Think = "auto",
         strategy: StrategyName = "auto",
         tolerance: float = 0.0,
         hops: int | None = None,
         sparsify: float | None = None,
+        draws: int = 1,
         batch_size: int | None = None,
         show_progress: bool = False,
         **kwargs: Any,
@@ -158,15 +166,28 @@ class GraphContextAttribution(CaptumAttribution):
             explain (optional): what to explain. None for all of it; an int, a slice or
                 ``(start, stop)`` of generated units; a substring of the generated text,
                 whose *last* occurrence counts; a compiled regular expression, whose
-                last visible match counts. Default: ``None``
+                last visible match counts; ``Part.ANSWER`` or ``Part.THINK`` of a
+                reasoning model's text. Default: ``None``
             units (optional): the nodes of the graph: ``"token"``, ``"word"``,
-                ``"sentence"``, a function from a text to character ranges, character
-                ranges in the whole text (prompt followed by generated text), or a
-                mapping with one of these for ``"source"`` and for ``"generated"``.
-                Features that are no single tokens, such as the segments of a template,
-                are source units as they are. Default: ``"token"``
+                ``"sentence"``, ``"message"``, a function from a text to character
+                ranges, character ranges in the whole text (prompt followed by
+                generated text), or a mapping with one of these for ``"source"`` and
+                for ``"generated"``. Features that are no single tokens, such as the
+                segments of a template, are source units as they are.
+                Default: ``"token"``
+            foil (Mapping, optional): why this and not that: what might stand in the
+                place of something generated, as ``{place: foil}``. A place is the
+                position of a generated unit, a text in it or a pattern; a foil is a
+                text, an id or several. The row of such a unit becomes the row of what
+                was written less the row of the foil after the same text; the rows
+                behind it stay as they are. These units are explained unless
+                ``explain`` names more. Default: ``None``
             gen_args (Mapping, optional): for the model's ``generate`` where ``target``
                 is None. Default: Captum's own: greedy, 25 tokens
+            think (optional): where a reasoning model's thoughts stand in what follows
+                the prompt: ``"auto"`` for the tokenizer's own markers, a pair of
+                markers, a range of characters or several, or None for nowhere.
+                Default: ``"auto"``
             strategy (str, optional): how the rows are computed. ``"loop"`` asks the
                 wrapped object once per generated unit. ``"fused"`` computes the same
                 rows all at once by an engine, see :func:`register_engine`; random
@@ -184,6 +205,9 @@ class GraphContextAttribution(CaptumAttribution):
                 this share of its mass, in (0, 1]; what is dropped is in
                 ``result.unresolved``. For texts of thousands of tokens.
                 Default: ``None``, all entries
+            draws (int, optional): how often a random method draws its rows. The graph
+                is that of their mean, and ``result.intervals()`` says how sure the
+                scores are. Default: ``1``
             batch_size (int, optional): most sequences that an engine gives the model
                 at once. Default: ``None``, chosen by the memory that is free
             show_progress (bool, optional): show a progress bar on stderr.
@@ -202,51 +226,78 @@ class GraphContextAttribution(CaptumAttribution):
         one_of("strategy", strategy, STRATEGIES)
         approximation = _approximation(tolerance, hops, sparsify)
         _check_batch_size(batch_size)
+        _check_draws(draws, approximation)
         check_kwargs(self.llm_attr, kwargs)
         sides = split_units(units)
         prompt = Prompt.read(inp, self.llm_attr.tokenizer)
         check_sequence(self.llm_attr, prompt.ids, [])
-        trace = prompt.continuation
         with held(self.llm_attr):
             generated = self._target_ids(prompt, target, gen_args)
             check_sequence(self.llm_attr, prompt.ids, generated)
-            task = self._task(prompt, generated, sides, kwargs)
+            task = self._task(prompt, generated, sides, think, kwargs)
             task = replace(task, batch_size=batch_size, show_progress=show_progress)
             check_baseline(self.llm_attr, task.baseline)
-            steps = task.steps.units
-            explained = explained_units(
-                explain,
-                [steps[step] for step in task.written],
-                task.generated_text.text,
+            asked = () if foil is None else contrasts(task, foil)
+            question = Question(
+                _explained(task, explain, asked),
+                asked,
+                strategy,
+                approximation,
+                draws,
+                units if isinstance(units, str) else "own",
             )
+            return self.answer(task, question)
+
+    def answer(self, task: RowTask, question: Question) -> GraphAttributionResult:
+        """The answer to a question whose units are known, as follow-up questions ask.
+
+        Args:
+            task (RowTask): the texts and their units.
+            question (Question): what is asked about them.
+
+        Returns:
+            GraphAttributionResult: scores, graph and texts.
+
+        Raises:
+            TypeError: if the base method cannot read this input.
+            ValueError: if it cannot do what is asked.
+        """
+        prompt = task.prompt
+        with held(self.llm_attr):
             check_task(task)
-            way = Strategy(task, strategy, self._told)
+            way = Strategy(task, question.strategy, self._told)
             # An engine that perturbs scores the plain text itself.
-            scores = None
-            if way.by_row:
-                scores = log_probabilities(self.llm_attr, prompt, generated)
-                task.kept["scores"] = scores
-            weights = np.zeros(len(steps))
-            weights[task.written[list(explained)]] = 1.0
-            graph = self._graph(way, weights, approximation, show_progress)
+            if way.by_row and "scores" not in task.kept:
+                task.kept["scores"] = self._scores(task)
+            graph, drawn = self._graph(way, question)
+            scores = way.task.kept.get("scores")
             if scores is None:
-                scores = way.task.kept.get("scores")
-            if scores is None:
-                scores = log_probabilities(self.llm_attr, prompt, generated)
+                scores = self._scores(task)
         logs = task.unit_sums(scores)[task.written]
+        trace = prompt.continuation
         return GraphAttributionResult(
             graph,
-            (*task.sources.units, *steps),
-            explained,
+            (*task.sources.units, *task.steps.units),
+            question.explained,
             source_text=prompt.text.text,
             generated_text=task.generated_text.text,
             output_probs=torch.from_numpy(np.exp(logs)),
             breaks=prompt.breaks,
-            generated_breaks=() if trace is None else trace.all_breaks,
-            meta=self._meta(units, way.name, approximation),
-            inp=inp,
-            hops=hops,
+            generated_breaks=(
+                *(() if trace is None else trace.all_breaks),
+                *task.thinking.breaks,
+            ),
+            thinking=task.thinking,
+            foils=tuple(contrast.foil for contrast in question.contrasts),
+            drawn=drawn,
+            meta=self._meta(question, way.name),
+            inp=prompt.inp,
+            hops=question.approximation.hops,
+            followup=Followup(self, task, question),
         )
+
+    def _scores(self, task: RowTask) -> npt.NDArray[np.float64]:
+        return log_probabilities(self.llm_attr, task.prompt, task.generated)
 
     def attribute_future(self) -> Callable[[], GraphAttributionResult]:
         """This method is not implemented for GraphContextAttribution."""
@@ -289,39 +340,76 @@ class GraphContextAttribution(CaptumAttribution):
         prompt: Prompt,
         generated: list[int],
         sides: Mapping[str, Any],
+        think: Think,
         kwargs: Mapping[str, Any],
     ) -> RowTask:
         tokenizer = self.llm_attr.tokenizer
-        text, sources, steps = text_units(prompt, generated, sides, tokenizer)
+        found = text_units(prompt, generated, sides, tokenizer, think)
         return RowTask(
             llm_attr=self.llm_attr,
             prompt=prompt,
             generated=tuple(generated),
-            generated_text=text,
-            sources=sources,
-            steps=steps,
+            generated_text=found.text,
+            sources=found.sources,
+            steps=found.steps,
+            thinking=found.thinking,
             baseline=baseline_id(self.generated_baseline, prompt.inp, tokenizer),
             kwargs=dict(kwargs),
         )
 
     def _graph(
-        self,
-        strategy: Strategy,
-        weights: npt.NDArray[np.float64],
-        approximation: Approximation,
-        show_progress: bool,
-    ) -> AttributionGraph:
-        """The graph; rows that were finished before an interrupt are kept."""
-        task = strategy.task
-        store = RowStore.of(
-            task, self.normalization, approximation.sparsify, self._unfinished
+        self, way: Strategy, question: Question
+    ) -> tuple[AttributionGraph, DrawnRows | None]:
+        """The graph, and the rows of each draw where there are several."""
+        if question.draws == 1:
+            return self._drawn(way, question).graph(), None
+        stores = list(self._draws_of(way.task, question))
+        while len(stores) < question.draws:
+            task = replace(way.task, kept={**_scores_of(way.task)})
+            fresh = Strategy(task, question.strategy, self._told)
+            try:
+                stores.append(self._drawn(fresh, question))
+            except BaseException:
+                self._finished = stores
+                raise
+            way.task.kept.update(_scores_of(task))
+        self._finished = []
+        drawn = DrawnRows.of([store.graph() for store in stores])
+        return drawn.mean_graph(), drawn
+
+    def _draws_of(self, task: RowTask, question: Question) -> list[RowStore]:
+        """Draws of an interrupted call with the very rows of this one."""
+        finished, self._finished = self._finished, []
+        wanted = self._store(task, question)
+        return [store for store in finished if store.has_rows_of(wanted)]
+
+    def _store(self, task: RowTask, question: Question) -> RowStore:
+        return RowStore.of(
+            task,
+            self.normalization,
+            question.approximation.sparsify,
+            question.contrasts,
+            self._unfinished,
         )
+
+    def _drawn(self, way: Strategy, question: Question) -> RowStore:
+        """Rows that answer a question; finished ones are kept when interrupted."""
+        task = way.task
+        store = self._store(task, question)
         if store is self._unfinished:
             # What an engine finished before the interrupt is of use, too.
             task.kept.update(store.task.kept)
         self._unfinished = None
+        weights = np.zeros(len(task.steps))
+        weights[task.written[list(question.explained)]] = 1.0
         try:
-            fill(store, strategy, weights, approximation, show_progress)
+            for contrast in question.contrasts:
+                if contrast.step not in store.starts and question.must_start(way):
+                    self._start(store, contrast, question)
+            fill(store, way, weights, question.approximation, task.show_progress)
+            for contrast in question.contrasts:
+                if contrast.step not in store.starts:
+                    self._start(store, contrast, question)
         except BaseException:
             store.task.kept.update(task.kept)
             self._unfinished = store
@@ -332,20 +420,24 @@ class GraphContextAttribution(CaptumAttribution):
                     len(task.written),
                 )
             raise
-        return store.graph()
+        return store
 
-    def _meta(
-        self, units: Granularity, strategy: str, approximation: Approximation
-    ) -> dict[str, Any]:
+    def _start(self, store: RowStore, contrast: Contrast, question: Question) -> None:
+        plain = store.complete_row(contrast.step)
+        store.starts[contrast.step] = contrast_row(
+            store.task, contrast, question.strategy, self._told, plain
+        )
+
+    def _meta(self, question: Question, strategy: str) -> dict[str, Any]:
         model = self.llm_attr.model
         name = getattr(getattr(model, "config", None), "name_or_path", "")
         return {
             "method": base_method(self.llm_attr),
             "model": name or type(model).__name__,
-            "units": units if isinstance(units, str) else "own",
+            "units": question.units,
             "strategy": strategy,
-            "tolerance": approximation.tolerance,
-            "sparsify": approximation.sparsify,
+            "tolerance": question.approximation.tolerance,
+            "sparsify": question.approximation.sparsify,
             "versions": {
                 "captum_cage": __version__,
                 "captum": CAPTUM_VERSION,
@@ -353,6 +445,35 @@ class GraphContextAttribution(CaptumAttribution):
                 "transformers": transformers.__version__,
             },
         }
+
+
+def _scores_of(task: RowTask) -> dict[str, Any]:
+    """The scores of the plain text, which every draw shares."""
+    scores = task.kept.get("scores")
+    return {} if scores is None else {"scores": scores}
+
+
+def _explained(
+    task: RowTask, explain: Explain, asked: Sequence[Contrast]
+) -> tuple[int, ...]:
+    """Positions of the explained generated units."""
+    steps = [task.steps.units[step] for step in task.written]
+    text = task.generated_text.text
+    foiled = tuple(contrast.foil.unit for contrast in asked)
+    if asked and explain is None:
+        return foiled
+    explained = explained_units(explain, steps, text, task.thinking)
+    for contrast in asked:
+        if contrast.foil.unit not in explained:
+            raise ValueError(
+                complaint(
+                    "foil",
+                    "must be about units that are explained",
+                    f"{contrast.foil}, in unit {contrast.foil.unit}, came",
+                    "Leave explain out: with a foil, its own unit is explained.",
+                )
+            )
+    return explained
 
 
 def _approximation(tolerance: Any, hops: int | None, sparsify: Any) -> Approximation:
@@ -385,6 +506,22 @@ def _approximation(tolerance: Any, hops: int | None, sparsify: Any) -> Approxima
 
 def _is_share(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _check_draws(draws: Any, approximation: Approximation) -> None:
+    number = whole_number(
+        "draws", draws, minimum=1, remedy="Pass how often to draw the rows."
+    )
+    if number > 1 and (approximation.tolerance or approximation.sparsify):
+        raise ValueError(
+            complaint(
+                "draws",
+                "must be 1 where rows are left out or cut",
+                f"{number} came, with tolerance={approximation.tolerance} and "
+                f"sparsify={approximation.sparsify}",
+                "Leave these out, so that the draws have the same entries.",
+            )
+        )
 
 
 def _check_batch_size(batch_size: int | None) -> None:

@@ -299,6 +299,14 @@ class CausalModel:
         ]
         return torch.cat(found) if found else states.new_zeros(0)
 
+    def probabilities(self, states: Tensor) -> Tensor:
+        """Probability of every token after each state, ``(n, vocabulary)``, float64.
+
+        Args:
+            states (Tensor): a few states, shape ``(n, width)``.
+        """
+        return self._logits(states).double().softmax(-1)
+
     def _logits(self, states: Tensor) -> Tensor:
         logits = states if self._head is None else self._head(states)
         return logits if logits.dtype == torch.float64 else logits.float()

@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import partial
@@ -37,7 +37,9 @@ from captum_cage._version import __version__
 from captum_cage.attribution import GraphContextAttribution
 from captum_cage.demo import load_demo, sample_problems
 from captum_cage.engines.registry import engine_names
+from captum_cage.foils import Alternative
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
+from captum_cage.interventions import PathCheck
 from captum_cage.methods.capability import Capability
 from captum_cage.methods.catalogue import (
     accepted_inputs,
@@ -51,10 +53,13 @@ from captum_cage.result import GraphAttributionResult
 from captum_cage.spans import Explain
 from captum_cage.terminal import TerminalView, harmless
 from captum_cage.text import Span, special_ids
+from captum_cage.thinking import Part
+from captum_cage.traces import ChatTraceInput
 
 __all__ = ["app", "main"]
 
 PROGRAM = "captum-cage"
+_LISTED = 8  # alternatives
 DEMO = "demo"  # the name of the model in the package
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
@@ -183,6 +188,7 @@ class _Units(str, Enum):
     token = "token"
     word = "word"
     sentence = "sentence"
+    message = "message"
 
 
 class _Normalization(str, Enum):
@@ -195,6 +201,11 @@ class _Strategy(str, Enum):
     auto = "auto"
     loop = "loop"
     fused = "fused"
+
+
+class _Part(str, Enum):
+    think = "think"
+    answer = "answer"
 
 
 class _Device(str, Enum):
@@ -224,6 +235,15 @@ ExplainOption = Annotated[
         help="What to explain: a text in the generated text (its last occurrence), the "
         "number of a generated unit (-1 is the last), START:STOP of them, or a pattern "
         "as /REGEX/. Default: all but special tokens at the end.",
+    ),
+]
+PartOption = Annotated[
+    _Part | None,
+    typer.Option(
+        "--part",
+        show_default=False,
+        help="Explain a part of what a reasoning model wrote: its thoughts or its "
+        "answer.",
     ),
 ]
 TopOption = Annotated[
@@ -336,19 +356,40 @@ class _Output:
         seconds: float | None = None,
         truth: Collection[Span] = (),
         ends: Collection[Span] = (),
+        checks: Collection[PathCheck] = (),
     ) -> None:
         """Write the files, then print the result."""
         if self.save_file is not None:
             result.save(self.save_file)
         if self.json_file is not None:
-            text = json.dumps(result.to_dict(), allow_nan=False) + "\n"
+            numbers = result.to_dict()
+            if checks:
+                numbers["checks"] = [check.to_dict() for check in checks]
+            text = json.dumps(numbers, allow_nan=False) + "\n"
             if self.json_file == "-":
                 sys.stdout.write(text)
                 return
             Path(self.json_file).write_text(text, encoding="utf-8")
         if not self.quiet:
-            view = TerminalView(result, self.top, self.paths, seconds, truth, ends)
+            view = TerminalView(
+                result, self.top, self.paths, seconds, truth, ends, checks
+            )
             _console(self.width).print(view)
+
+    def list_alternatives(self, found: Sequence[Alternative]) -> None:
+        """Print what else the model might have written, unless stdout is for JSON."""
+        if self.quiet or self.json_file == "-":
+            return
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("The model's candidates")
+        table.add_column("probability", justify="right")
+        for one in found:
+            shown = json.dumps(one.text, ensure_ascii=False)
+            mark = " (written)" if one.written else ""
+            table.add_row(
+                harmless(shown, one_line=True) + mark, f"{one.probability:.2%}"
+            )
+        _console(self.width).print(table, "")
 
 
 def _console(width: int | None) -> Console:
@@ -458,7 +499,7 @@ def explain(
         ),
     ],
     prompt: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--prompt",
             show_default=False,
@@ -466,7 +507,7 @@ def explain(
             help="The prompt: a text, @ and the name of a file, or a dash for stdin. "
             "One newline at the end of a file is dropped. @@ stands for a plain @.",
         ),
-    ],
+    ] = None,
     target: Annotated[
         str | None,
         typer.Option(
@@ -477,6 +518,29 @@ def explain(
         ),
     ] = None,
     explain: ExplainOption = None,
+    part: PartOption = None,
+    foil: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--foil",
+            show_default=False,
+            metavar="PLACE=TEXT",
+            help="Why this and not that: a text in the generated text (or # and the "
+            "number of a unit) and what might stand there, as 7=9. May be given again "
+            "for another place.",
+        ),
+    ] = None,
+    messages: Annotated[
+        str | None,
+        typer.Option(
+            "--messages",
+            show_default=False,
+            metavar="FILE|-",
+            help="A conversation or an agent's trace in place of the prompt: a JSON "
+            "list of messages with role and content. Those of the assistant are "
+            "explained, the others are sources.",
+        ),
+    ] = None,
     chat: Annotated[
         bool,
         typer.Option(
@@ -569,6 +633,36 @@ def explain(
             "--seed", help="Seed of the methods that sample.", rich_help_panel=_METHOD
         ),
     ] = 0,
+    draws: Annotated[
+        int,
+        typer.Option(
+            "--draws",
+            min=1,
+            help="How often a method that samples draws its rows; from 2 on, intervals "
+            "are shown.",
+            rich_help_panel=_METHOD,
+        ),
+    ] = 1,
+    verify: Annotated[
+        int,
+        typer.Option(
+            "--verify",
+            min=0,
+            help="Heaviest paths to test: their steps are written again without the "
+            "source.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = 0,
+    alternatives: Annotated[
+        str | None,
+        typer.Option(
+            "--alternatives",
+            show_default=False,
+            metavar="PLACE",
+            help="List what else the model might have written at a place, as foils.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     strategy: Annotated[
         _Strategy,
         typer.Option(
@@ -632,12 +726,21 @@ def explain(
     output = _Output(top, paths, width, json_file, save, quiet, no_progress)
     base, declared = _chosen_method(method, masked_lm)
     options, kwargs = _counts(base, declared, samples, steps)
-    span = _span(explain)
+    span = _question(explain, part)
+    foils = _foils(foil)
+    if (prompt is None) == (messages is None):
+        raise ValueError(
+            "--prompt: must be given, or --messages in its place. Pass one of the two."
+        )
+    if messages is not None and (chat or system is not None):
+        raise ValueError(
+            "--messages: is a conversation already. Leave --chat and --system out."
+        )
     if system is not None and not chat:
         raise ValueError(
             "--system: is a message of a chat, so it needs --chat. Add it."
         )
-    if [prompt, target, system].count("-") > 1:
+    if [prompt, target, system, messages].count("-") > 1:
         raise ValueError(
             "--prompt: stdin can be read once. Put the other text in a file."
         )
@@ -649,8 +752,9 @@ def explain(
             ("--system", system),
         )
     ]
-    if not texts[0]:
+    if messages is None and not texts[0]:
         raise ValueError("--prompt: must have some text, but it is empty. Pass some.")
+    listed = None if messages is None else _messages(messages)
     place = _place(device)
     output.note(f"loading {model}")
     if not output.shows_progress:
@@ -659,7 +763,10 @@ def explain(
     if masked_lm is not None:
         output.note(f"loading {masked_lm}")
         options |= _masked_lm(masked_lm, place, dtype, trust_remote_code)
-    inp = _input(str(texts[0]), texts[2], chat, baseline, tokenizer)
+    if listed is None:
+        inp = _input(str(texts[0]), texts[2], chat, baseline, tokenizer)
+    else:
+        inp = _conversation(listed, baseline, tokenizer)
     output.note(f"explaining with {base.__name__} on {place}, in {units.value} units")
     transformers.set_seed(seed)
     start = time.perf_counter()
@@ -667,26 +774,107 @@ def explain(
         llm_attribution(base, network, tokenizer, **options),
         normalization=normalization.value,
     )
+    trace = inp.continuation
+    is_given = texts[1] is not None or (trace is not None and trace.ends_generated)
     result = cage.attribute(
         inp,
         target=texts[1],
         explain=span,
         units=units.value,
-        gen_args=_gen_args(max_new_tokens) if texts[1] is None else None,
+        foil=foils,
+        gen_args=None if is_given else _gen_args(max_new_tokens),
+        draws=draws,
         strategy=strategy.value,
         tolerance=tolerance,
         batch_size=batch_size,
         show_progress=output.shows_progress,
         **kwargs,
     )
-    if span is None:
+    if span is None and foils is None:
         result = result.explaining((0, _last_visible(result) + 1))
+    if alternatives is not None:
+        output.list_alternatives(result.alternatives(_place_of(alternatives), _LISTED))
+    checks = [result.verify_path(path, seed=seed) for path in result.paths(verify)]
     if result.graph.n_sources == 1:
         output.note(
             "note: the prompt is one unit, so all of the mass goes there. Smaller "
             "units tell more: --units word, or --units token."
         )
-    output.write(result, time.perf_counter() - start)
+    output.write(result, time.perf_counter() - start, checks=checks)
+
+
+def _question(explain: str | None, part: _Part | None) -> Explain:
+    """What ``--explain`` or ``--part`` means."""
+    if explain is not None and part is not None:
+        raise ValueError(
+            "--part: names what to explain, as --explain does. Leave one of them out."
+        )
+    return _span(explain) if part is None else Part(part.value)
+
+
+def _place_of(text: str) -> int | str:
+    """A place in the generated text: ``#`` and the number of a unit, or a text."""
+    return int(text[1:]) if re.fullmatch(r"#-?\d{1,6}", text) else text
+
+
+def _foils(given: list[str] | None) -> dict[int | str, str] | None:
+    """What ``--foil`` means, in the form that ``attribute`` takes."""
+    foils: dict[int | str, str] = {}
+    for text in given or ():
+        place, sign, foil = text.rpartition("=")
+        if not sign or not place or not foil:
+            raise ValueError(
+                complaint(
+                    "--foil",
+                    "must be a place and what might stand there, as 7=9",
+                    f"{text!r} came",
+                    "Put an equals sign between the two.",
+                )
+            )
+        foils[_place_of(place)] = foil
+    return foils or None
+
+
+def _messages(name: str) -> list[Any]:
+    """The messages of a file."""
+    text = _text("--messages", name if name == "-" else f"@{name.removeprefix('@')}")
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            complaint(
+                "--messages",
+                "must be JSON",
+                f"{name!r} is not ({error})",
+                'Pass a list such as [{"role": "user", "content": "..."}].',
+            )
+        ) from error
+    if isinstance(found, dict) and isinstance(found.get("messages"), list):
+        found = found["messages"]
+    if not isinstance(found, list):
+        raise ValueError(
+            complaint(
+                "--messages",
+                "must be a JSON list of messages",
+                f"{type(found).__name__} came",
+                'Pass a list such as [{"role": "user", "content": "..."}].',
+            )
+        )
+    return found
+
+
+def _conversation(
+    messages: list[Any], baseline: str | None, tokenizer: Any
+) -> TokenIdsInput:
+    """A trace if the model has written in it, else a chat."""
+    token: int | str = _absent(tokenizer) if baseline is None else baseline
+    wrote = [
+        isinstance(message, dict) and message.get("role") == "assistant"
+        for message in messages
+    ]
+    if any(wrote):
+        return ChatTraceInput(messages, tokenizer, baselines=token)
+    return ChatTokenInput(messages, tokenizer, features="all", baselines=token)
 
 
 def _chosen_method(name: str, masked_lm: str | None) -> tuple[type[Any], Capability]:
@@ -1002,6 +1190,7 @@ def show(
         Path, typer.Argument(show_default=False, help="A result that was saved.")
     ],
     explain: ExplainOption = None,
+    part: PartOption = None,
     top: TopOption = 8,
     paths: PathsOption = 3,
     width: WidthOption = None,
@@ -1011,6 +1200,6 @@ def show(
 ) -> None:
     """Show a saved result, or explain another span of it, without the model."""
     output = _Output(top, paths, width, json_file, save, quiet)
-    span = _span(explain)
+    span = _question(explain, part)
     result = GraphAttributionResult.load(file)
     output.write(result if span is None else result.explaining(span))

@@ -5,16 +5,16 @@ Pure NumPy and SciPy: it knows nothing of Captum, of tokens or of language.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, count, pairwise, repeat
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.sparse import csr_array, issparse
+from scipy.sparse import csr_array, issparse, vstack
 
 from captum_cage import solve
 from captum_cage._checks import (
@@ -33,9 +33,32 @@ from captum_cage._shares import (
     masses,
     shares,
 )
-from captum_cage.solve import Hops, Path
+from captum_cage.solve import Hops, Parts, Path
 
-__all__ = ["AttributionGraph", "Hops", "Normalization", "Path"]
+__all__ = [
+    "AttributionGraph",
+    "Hops",
+    "Normalization",
+    "Parts",
+    "Path",
+    "RowsBehind",
+]
+
+
+class RowsBehind(NamedTuple):
+    """The rows by which mass passes, where an explanation starts by another row.
+
+    Attributes:
+        steps: positions of these rows among the generated units, rising, shape
+            ``(K,)``, int64.
+        rows: the raw rows, CSR array of shape ``(K, N)``, float64.
+        kept: share of its mass that each of them holds, shape ``(K,)``, float64, as
+            `AttributionGraph.kept`.
+    """
+
+    steps: NDArray[np.int64]
+    rows: csr_array
+    kept: NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -58,8 +81,15 @@ class AttributionGraph:
     much an answer can lack. In absolute values, each row's sum, its ``leak`` and its
     ``left_out`` make one.
 
-    Make one with `from_rows`. The raw rows, the sources, the normalisation and what
-    the rows kept are all there is to save: the rest follows from them.
+    A row may hold only where an explanation starts. In a contrastive question, the row
+    of an explained unit says what speaks for it rather than for another one, while
+    mass that comes to it from a later unit follows its plain row. Then ``rows`` make
+    the first step of each path, and the rows ``behind`` each later one. With
+    ``A_s, L_s`` the blocks of ``rows`` and ``A_p, L_p`` those of the rows behind,
+    weights ``w`` are explained by ``A_s^T w + A_p^T y``, ``(I - L_p)^T y = L_s^T w``.
+
+    Make one with `from_rows`. The raw rows, the sources, the normalisation, what the
+    rows kept and the rows behind are all there is to save: the rest follows from them.
 
     Attributes:
         rows: the raw rows, shape ``(G, N)``, float64; an array where an array was
@@ -69,13 +99,18 @@ class AttributionGraph:
         kept: share of each generated unit's mass that the entries of its row hold,
             shape ``(G,)``, float64, in [0, 1]: 1 for a complete row, 0 for one that
             was not computed. Default: all ones.
-        matrix: the graph, CSR array of shape ``(N, N)``, float64, lower triangular.
-            Rows of sources are unit vectors, rows of generated units are normalised,
-            multiplied by ``kept`` and stand strictly below the diagonal.
+        behind: the rows that mass passes by where these are others, a `RowsBehind`;
+            ``None`` where mass passes by ``rows`` everywhere.
+        matrix: the graph through which mass passes, CSR array of shape ``(N, N)``,
+            float64, lower triangular. Rows of sources are unit vectors, rows of
+            generated units (those behind) are normalised, multiplied by the share
+            that they kept and stand strictly below the diagonal.
         leak: share of each generated unit's mass that goes nowhere, shape ``(G,)``,
             float64: exactly 1 where its complete row has no mass, else exactly 0.
         left_out: ``1 - kept``, share of each generated unit's mass that may go
             anywhere, shape ``(G,)``, float64, in [0, 1].
+        leak_behind: ``leak`` of the rows behind, shape ``(G,)``.
+        left_out_behind: ``left_out`` of the rows behind, shape ``(G,)``.
         source_units: unit indices of the sources, shape ``(P,)``, int64.
         generated_units: unit indices of the generated units, shape ``(G,)``, int64.
 
@@ -91,46 +126,80 @@ class AttributionGraph:
         AttributionGraph(n_sources=2, n_generated=2, normalization='positive')
         >>> graph.explain([0, 1]).tolist()
         [0.375, 0.625]
+
+        Another row holds where the first generated unit is explained:
+
+        >>> rows, plain = [[0, 1, 0, 0], [0, 1, 3, 0]], {0: [1, 1, 0, 0]}
+        >>> graph = AttributionGraph.from_rows(rows, 2, behind=plain)
+        >>> graph.explain([1, 0]).tolist(), graph.explain([0, 1]).tolist()
+        ([0.0, 1.0], [0.375, 0.625])
     """
 
     rows: Any
     sources: NDArray[np.bool_]
     normalization: Normalization = "positive"
     kept: NDArray[np.float64] = None  # type: ignore[assignment]
+    behind: Any = None
     matrix: csr_array = field(init=False)
     leak: NDArray[np.float64] = field(init=False)
     left_out: NDArray[np.float64] = field(init=False)
+    leak_behind: NDArray[np.float64] = field(init=False)
+    left_out_behind: NDArray[np.float64] = field(init=False)
     source_units: NDArray[np.int64] = field(init=False)
     generated_units: NDArray[np.int64] = field(init=False)
+    # Shares of the rows that have another one behind, shape (K, N).
+    _first: csr_array = field(init=False)
 
     def __post_init__(self) -> None:
         one_of("normalization", self.normalization, get_args(Normalization))
-        raw = _raw_rows(self.rows)
+        raw = _raw_rows("rows", self.rows)
         sources = _source_mask(self.sources, *raw.shape)
         generated_units = np.flatnonzero(~sources).astype(np.int64)
         kept = _kept_shares(self.kept, generated_units.size)
         entries = _canonical(csr_array(raw))
-        row_of = _row_of(entries)
-        check_entries(row_of, entries.indices, entries.data, generated_units[row_of])
-        part, filled = shares(entries.data, entries.indptr, self.normalization)
-        _check_kept(kept, filled, np.diff(entries.indptr), generated_units)
-        normalised = csr_array(
-            (part * kept[row_of], entries.indices, entries.indptr),
-            shape=entries.shape,
-            copy=True,
+        normalised, leak = _normalised(
+            entries,
+            kept,
+            np.arange(generated_units.size),
+            generated_units,
+            self.normalization,
+            ("rows", "kept"),
         )
+        left_out = 1.0 - kept
+        passing, leak_behind, left_out_behind = normalised, leak, left_out
+        behind = _rows_behind(self.behind, entries)
+        steps = np.zeros(0, dtype=np.int64)
+        if behind is not None:
+            steps = behind.steps
+            others, others_leak = _normalised(
+                behind.rows,
+                behind.kept,
+                steps,
+                generated_units[steps],
+                self.normalization,
+                ("behind", "behind"),
+            )
+            passing = _exchanged(normalised, steps, others)
+            leak_behind, left_out_behind = leak.copy(), left_out.copy()
+            leak_behind[steps] = others_leak
+            left_out_behind[steps] = 1.0 - behind.kept
+            behind = RowsBehind(*map(_locked, behind))
         # A frozen dataclass sets its own fields this way.
         for name, value in {
             "rows": entries if issparse(raw) else raw,
             "sources": sources,
             "kept": kept,
-            "matrix": _with_source_rows(_canonical(normalised), sources),
-            "leak": (~filled & (kept == 1.0)).astype(np.float64),
-            "left_out": 1.0 - kept,
+            "matrix": _with_source_rows(passing, sources),
+            "leak": leak,
+            "left_out": left_out,
+            "leak_behind": leak_behind,
+            "left_out_behind": left_out_behind,
             "source_units": np.flatnonzero(sources).astype(np.int64),
             "generated_units": generated_units,
+            "_first": csr_array(normalised[steps]),
         }.items():
             object.__setattr__(self, name, _locked(value))
+        object.__setattr__(self, "behind", behind)
 
     @classmethod
     def from_rows(
@@ -141,6 +210,11 @@ class AttributionGraph:
         *,
         kept: ArrayLike | None = None,
         sparsify: float | None = None,
+        behind: ArrayLike
+        | csr_array
+        | Mapping[int, ArrayLike | None]
+        | RowsBehind
+        | None = None,
     ) -> AttributionGraph:
         """The graph of raw attribution rows.
 
@@ -160,6 +234,13 @@ class AttributionGraph:
                 but those that are ``None``.
             sparsify: share of each row's mass to keep, as in `sparsified`; rows of an
                 iterator are cut as they come. ``None`` keeps every entry.
+            behind: raw rows by which mass passes, where ``rows`` hold only for units
+                that are explained. Either the rows that differ, by their position
+                among the generated units, each of shape ``(N,)``, ``None`` for one
+                that was not computed; or all of them, shape ``(G, N)``, of which those
+                that equal the row in ``rows`` are that row, with what it kept. Any
+                other row is complete. Or a `RowsBehind`, which says what its rows
+                kept. ``None``: ``rows`` hold everywhere.
 
         Returns:
             The graph.
@@ -169,8 +250,9 @@ class AttributionGraph:
                 kind.
             ValueError: if shapes do not fit, an entry is not finite, a row has an
                 entry at or after its own unit, the normalisation is unknown, a share
-                is out of range, a row of which nothing is kept has entries, or one of
-                which a part is kept has no mass.
+                is out of range, a row of which nothing is kept has entries, one of
+                which a part is kept has no mass, or a position of a row behind is out
+                of range.
 
         Example:
             A source, a generated unit, a tool result, a generated unit:
@@ -194,12 +276,16 @@ class AttributionGraph:
         parts: Any = kept
         share = None if sparsify is None else _cut_share("sparsify", sparsify)
         listed = isinstance(raw, (list, tuple)) and any(row is None for row in raw)
-        if listed or isinstance(raw, Iterator):
+        one_by_one = listed or isinstance(raw, Iterator)
+        if one_by_one:
             one_of("normalization", normalization, get_args(Normalization))
             raw, parts = _collected(raw, mask, normalization, parts, share)
-            share = None
-        graph = cls(raw, mask, normalization, parts)
-        return graph if share is None else graph.sparsified(share)
+        graph = cls(raw, mask, normalization, parts, behind)
+        if share is None or (one_by_one and graph.behind is None):
+            return graph
+        if one_by_one:
+            return replace(graph, behind=_behind_cut(graph, share))
+        return graph.sparsified(share)
 
     @property
     def n_units(self) -> int:
@@ -237,7 +323,8 @@ class AttributionGraph:
         Returns:
             ``A``, shape ``(G, P)``: shares of the sources. ``L``, shape ``(G, G)``,
             strictly lower triangular: shares of the generated units. Both CSR,
-            float64 and read-only.
+            float64 and read-only. Of ``rows``, by which an explanation starts; those
+            by which mass passes are `blocks_behind`.
 
         Example:
             >>> graph = AttributionGraph.from_rows([[1, 1, 0, 0], [0, 1, 3, 0]], 2)
@@ -245,19 +332,68 @@ class AttributionGraph:
             >>> to_sources.toarray().tolist(), to_generated.toarray().tolist()
             ([[0.5, 0.5], [0.0, 0.25]], [[0.0, 0.0], [0.75, 0.0]])
         """
-        return self._blocks
+        return self._first_blocks
+
+    def blocks_behind(self) -> tuple[csr_array, csr_array]:
+        """The rows behind, cut into two blocks.
+
+        Returns:
+            ``A`` and ``L`` as `blocks`, of the rows by which mass passes; the same
+            arrays where there are no others.
+
+        Example:
+            >>> rows, plain = [[0, 1, 0, 0], [0, 1, 3, 0]], {0: [1, 1, 0, 0]}
+            >>> graph = AttributionGraph.from_rows(rows, 2, behind=plain)
+            >>> graph.blocks_behind()[0].toarray().tolist()
+            [[0.5, 0.5], [0.0, 0.25]]
+            >>> graph.blocks()[0].toarray().tolist()
+            [[0.0, 1.0], [0.0, 0.25]]
+        """
+        return self._blocks.to_sources, self._blocks.to_generated
 
     @cached_property
-    def _blocks(self) -> tuple[csr_array, csr_array]:
-        generated = csr_array(self.matrix[self.generated_units])  # (G, N)
-        to_sources = _canonical(csr_array(generated[:, self.source_units]))
-        to_generated = _canonical(csr_array(generated[:, self.generated_units]))
-        return _locked(to_sources), _locked(to_generated)
+    def _blocks(self) -> _Blocks:
+        behind = self._cut(self.matrix[self.generated_units])
+        steps = (
+            np.zeros(0, dtype=np.int64) if self.behind is None else self.behind.steps
+        )
+        return _Blocks(*behind, steps, *self._cut(self._first))
+
+    @cached_property
+    def _first_blocks(self) -> tuple[csr_array, csr_array]:
+        if self.behind is None:
+            return self.blocks_behind()
+        behind = self._blocks
+        return (
+            _locked(
+                _exchanged(behind.to_sources, behind.steps, behind.first_to_sources)
+            ),
+            _locked(
+                _exchanged(behind.to_generated, behind.steps, behind.first_to_generated)
+            ),
+        )
+
+    def _cut(self, rows: csr_array) -> tuple[csr_array, csr_array]:
+        """Columns of the sources and of the generated units."""
+        return (
+            _locked(_canonical(csr_array(rows[:, self.source_units]))),
+            _locked(_canonical(csr_array(rows[:, self.generated_units]))),
+        )
+
+    @property
+    def _masses(self) -> _Blocks:
+        """The blocks in absolute values."""
+        return self._blocks.absolute() if self._is_signed else self._blocks
+
+    @property
+    def _is_signed(self) -> bool:
+        return self.normalization == "signed"
 
     def marginals(self, *, hops: int | None = None) -> NDArray[np.float64]:
         """Mass of all paths from each generated unit to each source unit.
 
-        Solves ``(I - L) X = A``. To explain one span, `explain` is far cheaper.
+        Solves ``(I - L) X = A``; with rows behind, ``X = A_s + L_s X_p`` where ``X_p``
+        solves it for those. To explain one span, `explain` is far cheaper.
 
         Args:
             hops: count only paths with at most this many passes through generated
@@ -282,9 +418,35 @@ class AttributionGraph:
             >>> graph.marginals(hops=0).tolist()
             [[0.5, 0.5], [0.0, 0.25]]
         """
-        if hops is None:
-            return solve.marginals(*self.blocks())
-        return solve.truncated_marginals(*self.blocks(), _passes("hops", hops))
+        return self._blocks.marginals(_cut_after(hops))
+
+    def marginal_parts(self, *, hops: int | None = None) -> Parts:
+        """`marginals`, the paths of positive and of negative weight apart.
+
+        Args:
+            hops: as for `marginals`.
+
+        Returns:
+            Two arrays of shape ``(G, P)``, float64, not negative. Their difference is
+            ``marginals(hops=hops)``, and their sum that of absolute values. In
+            ``positive`` and ``absolute`` the second is zero.
+
+        Raises:
+            TypeError: as for `marginals`.
+            ValueError: as for `marginals`.
+
+        Example:
+            >>> rows = [[1, -1, 0, 0], [0, 1, 3, 0]]
+            >>> graph = AttributionGraph.from_rows(rows, 2, "signed")
+            >>> positive, negative = graph.marginal_parts()
+            >>> positive.tolist(), negative.tolist()
+            ([[0.5, 0.0], [0.375, 0.25]], [[0.0, 0.5], [0.0, 0.375]])
+        """
+        net = self.marginals(hops=hops)
+        if not self._is_signed:
+            return Parts(net, np.zeros_like(net))
+        absolute = self._masses.marginals(_cut_after(hops))
+        return solve.signed_parts(absolute, net)
 
     def explain(self, weights: ArrayLike) -> NDArray[np.float64]:
         """Mass of all paths from the weighted generated units to each source unit.
@@ -310,9 +472,48 @@ class AttributionGraph:
             >>> graph.explain([0.5, 0.5]).tolist()
             [0.4375, 0.5625]
         """
-        to_sources, _ = self.blocks()
-        attr: NDArray[np.float64] = to_sources.T @ self.throughput(weights)
-        return attr
+        return self._blocks.arrived(self._followed(weights))
+
+    def explain_parts(self, weights: ArrayLike, *, hops: int | None = None) -> Parts:
+        """`explain`, the paths of positive and of negative weight apart.
+
+        A path's weight is its first unit's weight times the product of its edges. One
+        solve with ``L`` and ``w`` gives the difference of the two, one with their
+        absolute values the sum.
+
+        Args:
+            weights: as for `explain`.
+            hops: count only paths with at most this many passes through generated
+                units, as in `hops`; ``None`` for all.
+
+        Returns:
+            Two vectors of shape ``(P,)``, float64, not negative: the mass of the paths
+            of positive weight, and the absolute mass of those of negative weight.
+            Their difference is `explain`, or ``attr`` of `hops`. In ``positive`` and
+            ``absolute`` the second is zero.
+
+        Raises:
+            TypeError: as for `explain`, or if ``hops`` is not a whole number.
+            ValueError: as for `explain`, or if ``hops`` is negative.
+
+        Example:
+            What speaks for the second generated unit at the first source is taken back
+            in part through the first generated unit.
+
+            >>> rows = [[-1, 1, 0, 0], [2, 0, 2, 0]]
+            >>> graph = AttributionGraph.from_rows(rows, 2, "signed")
+            >>> positive, negative = graph.explain_parts([0, 1])
+            >>> positive.tolist(), negative.tolist()
+            ([0.5, 0.25], [0.25, 0.0])
+            >>> graph.explain([0, 1]).tolist()
+            [0.25, 0.25]
+        """
+        net = self._blocks.arrived(self._followed(weights, hops))
+        if not self._is_signed:
+            return Parts(net, np.zeros_like(net))
+        masses = self._masses
+        absolute = masses.arrived(self._followed(weights, hops, masses))
+        return solve.signed_parts(absolute, net)
 
     def throughput(
         self, weights: ArrayLike, *, hops: int | None = None
@@ -341,8 +542,88 @@ class AttributionGraph:
             >>> graph.throughput([0, 1], hops=0).tolist()
             [0.0, 1.0]
         """
-        through, _ = self._followed("hops", weights, hops)
-        return through
+        return self._blocks.passed(self._followed(weights, hops))
+
+    def throughput_parts(self, weights: ArrayLike, *, hops: int | None = None) -> Parts:
+        """`throughput`, mass of positive and of negative weight apart.
+
+        Args:
+            weights: as for `explain`.
+            hops: as for `throughput`.
+
+        Returns:
+            Two vectors of shape ``(G,)``, float64, not negative. Their difference is
+            ``throughput(weights, hops=hops)``, and their sum that of absolute values.
+            In ``positive`` and ``absolute`` the second is zero.
+
+        Raises:
+            TypeError: as for `throughput`.
+            ValueError: as for `throughput`.
+
+        Example:
+            >>> rows = [[1, 0, 0, 0], [1, -1, 0, 0], [0, 1, -1, 0]]
+            >>> graph = AttributionGraph.from_rows(rows, 1, "signed")
+            >>> positive, negative = graph.throughput_parts([0, 0, 1])
+            >>> positive.tolist(), negative.tolist()
+            ([0.75, 0.0, 1.0], [0.0, 0.5, 0.0])
+        """
+        net = self._blocks.passed(self._followed(weights, hops))
+        if not self._is_signed:
+            return Parts(net, np.zeros_like(net))
+        masses = self._masses
+        absolute = masses.passed(self._followed(weights, hops, masses))
+        return solve.signed_parts(absolute, net)
+
+    def share_through(
+        self, weights: ArrayLike, units: ArrayLike, *, hops: int | None = None
+    ) -> float:
+        """Share of the explained mass whose path visits at least one of some units.
+
+        A path counts once, at the first of the units that it visits: rows of given
+        generated units are cut, so that mass ends there. What leaks or stays
+        unresolved before it visits one does not count, what does so later counts.
+
+        Args:
+            weights: as for `explain`.
+            units: unit indices of sources or generated units in ``0 .. N - 1``, or a
+                boolean mask of shape ``(N,)``. An explained unit that is among them is
+                visited.
+            hops: count only visits within this many passes through generated units
+                below the first, as in `throughput`, and ends in sources as in `hops`;
+                ``None`` for all.
+
+        Returns:
+            In [0, 1]; 0 where the weights are all zero. In ``signed``, absolute
+            weights along absolute shares: the absolute mass of the paths that visit a
+            unit, by the sum of ``|w|``. Positive and negative paths do not cancel.
+
+        Raises:
+            TypeError: as for `explain`, or if the units are neither whole numbers nor
+                a mask, or ``hops`` is not a whole number.
+            ValueError: as for `explain`, or if a unit does not exist, the mask does not
+                fit or ``hops`` is negative.
+
+        Example:
+            >>> graph = AttributionGraph.from_rows([[1, 1, 0, 0], [0, 1, 3, 0]], 2)
+            >>> graph.share_through([0, 1], [2]), graph.share_through([0, 1], [1])
+            (0.75, 0.625)
+            >>> graph.share_through([0, 1], [1, 2])
+            1.0
+        """
+        checked = checked_weights(weights, self.n_generated, self.normalization)
+        given = _chosen_units(units, self.n_units)
+        number = _cut_after(hops)
+        mass = np.abs(checked)
+        total = mass.sum()
+        if total == 0.0:
+            return 0.0
+        steps = given[self.generated_units]
+        blocks = self._masses.ending_at(steps)
+        flow = blocks.followed(mass, number)
+        visiting = blocks.passed(flow)[steps].sum()
+        visiting += blocks.arrived(flow)[given[self.source_units]].sum()
+        # Rounding of a mass that passes wholly could exceed it.
+        return min(float(visiting / total), 1.0)
 
     def leaked(self, weights: ArrayLike, *, hops: int | None = None) -> float:
         """Mass that ends in rows without mass when some units are explained.
@@ -353,7 +634,8 @@ class AttributionGraph:
                 units, as in `hops`; ``None`` for all.
 
         Returns:
-            The sum of ``throughput(weights, hops=hops) * leak``.
+            The sum of ``throughput(weights, hops=hops) * leak``; with rows behind, of
+            ``weights * leak`` and of what passes times ``leak_behind``.
 
         Raises:
             TypeError: as for `explain`, or if ``hops`` is not a whole number.
@@ -366,7 +648,11 @@ class AttributionGraph:
             >>> graph.explain([0, 1]).tolist(), graph.leaked([0, 1], hops=0)
             ([0.25], 0.0)
         """
-        return float(self.throughput(weights, hops=hops) @ self.leak)
+        first, through, _ = self._followed(weights, hops)
+        leaked = through @ self.leak_behind
+        if self.behind is not None:
+            leaked += first @ self.leak[self.behind.steps]
+        return float(leaked)
 
     def unresolved(self, weights: ArrayLike, *, hops: int | None = None) -> float:
         """Mass that the graph leaves open when some units are explained.
@@ -389,7 +675,9 @@ class AttributionGraph:
 
         Returns:
             The sum of ``|throughput(weights, hops=hops)| * left_out``, plus the sum of
-            ``|left|``. Not negative; exactly 0 where nothing is left out or cut.
+            ``|left|``. Where a row has another one behind, its weight counts by its own
+            ``left_out``, and what passes by ``left_out_behind``. Not negative; exactly
+            0 where nothing is left out or cut.
 
         Raises:
             TypeError: as for `explain`, or if ``hops`` is not a whole number.
@@ -403,7 +691,7 @@ class AttributionGraph:
             >>> graph.explain([0, 1]).tolist(), graph.unresolved([0, 1])
             ([0.0, 0.25], 0.75)
         """
-        return self._open_mass(*self._followed("hops", weights, hops))
+        return self._open_mass(self._followed(weights, hops))
 
     def hops(self, weights: ArrayLike, k: int) -> Hops:
         """Mass of the paths with at most ``k`` passes through generated units.
@@ -431,26 +719,27 @@ class AttributionGraph:
             >>> attr.tolist(), unresolved
             ([0.0, 0.25], 0.75)
         """
-        number = _passes("k", k)
-        through, left = self._followed("k", weights, number)
-        to_sources, _ = self.blocks()
-        return Hops(to_sources.T @ through, self._open_mass(through, left))
+        flow = self._followed(weights, _passes("k", k))
+        return Hops(self._blocks.arrived(flow), self._open_mass(flow))
 
     def _followed(
-        self, where: str, weights: ArrayLike, hops: int | None
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Mass through each generated unit, and mass that was not followed further."""
-        _, to_generated = self.blocks()
+        self,
+        weights: ArrayLike,
+        hops: int | None = None,
+        masses: _Blocks | None = None,
+    ) -> _Flow:
+        """The mass of the weights along all paths; of absolute ones along masses."""
         checked = checked_weights(weights, self.n_generated, self.normalization)
-        if hops is None:
-            return solve.throughput(to_generated, checked), np.zeros(self.n_generated)
-        number = _passes(where, hops)
-        return solve.truncated_throughput(to_generated, checked, number)
+        number = _cut_after(hops)
+        if masses is not None:
+            return masses.followed(np.abs(checked), number)
+        return self._blocks.followed(checked, number)
 
-    def _open_mass(
-        self, through: NDArray[np.float64], left: NDArray[np.float64]
-    ) -> float:
-        return float(np.abs(through) @ self.left_out + np.abs(left).sum())
+    def _open_mass(self, flow: _Flow) -> float:
+        open_mass = np.abs(flow.through) @ self.left_out_behind
+        if self.behind is not None:
+            open_mass += np.abs(flow.first) @ self.left_out[self.behind.steps]
+        return float(open_mass + np.abs(flow.left).sum())
 
     def sparsified(self, share: float) -> AttributionGraph:
         """The graph with the fewest entries that hold a share of each row's mass.
@@ -459,7 +748,7 @@ class AttributionGraph:
         ``positive``, absolute values otherwise; entries without mass are dropped. Of
         equal entries the earlier units stay. What a row loses is not given to the
         others: its ``kept`` is multiplied by the share that stayed, and `unresolved`
-        says what an answer lacks.
+        says what an answer lacks. Rows behind are cut in the same way.
 
         Args:
             share: part of each row's mass that stays, in (0, 1]; with 1, every entry
@@ -482,17 +771,39 @@ class AttributionGraph:
         """
         part = _cut_share("share", share)
         entries = csr_array(self.rows)  # canonical, as every graph's rows are
-        mass, _ = masses(entries.data, entries.indptr, self.normalization)
-        chosen = np.zeros(mass.size, dtype=np.bool_)
-        held = np.ones(self.n_generated)
-        for row, (start, stop) in enumerate(pairwise(entries.indptr.tolist())):
-            chosen[start:stop], held[row] = heaviest(mass[start:stop], part)
-        ends = np.concatenate([[0], np.cumsum(chosen)])[entries.indptr]
-        rows = csr_array(
-            (entries.data[chosen], entries.indices[chosen], ends), shape=entries.shape
-        )
+        rows, held = _heaviest_entries(entries, self.normalization, part)
         return AttributionGraph(
-            rows, self.sources, self.normalization, self.kept * held
+            rows,
+            self.sources,
+            self.normalization,
+            self.kept * held,
+            _behind_cut(self, part),
+        )
+
+    def without_behind(self) -> AttributionGraph:
+        """The graph in which the rows behind hold everywhere.
+
+        Returns:
+            The graph itself where ``behind`` is ``None``.
+
+        Example:
+            >>> rows, plain = [[1, 0, 0, 0], [1, 0, 0, 0]], {1: [0, 1, 3, 0]}
+            >>> graph = AttributionGraph.from_rows(rows, 2, behind=plain)
+            >>> graph.without_behind().rows.tolist()
+            [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 3.0, 0.0]]
+        """
+        if self.behind is None:
+            return self
+        steps, others, kept = self.behind
+        rows = self.rows.tolil() if issparse(self.rows) else self.rows.copy()
+        rows[steps] = others.toarray()
+        every = self.kept.copy()
+        every[steps] = kept
+        return AttributionGraph(
+            csr_array(rows) if issparse(rows) else rows,
+            self.sources,
+            self.normalization,
+            every,
         )
 
     def best_paths(self, weights: ArrayLike, source: int | None, k: int) -> list[Path]:
@@ -537,7 +848,42 @@ class AttributionGraph:
         starts[self.generated_units] = checked_weights(
             weights, self.n_generated, self.normalization
         )
-        return solve.best_paths(self.matrix, starts, targets, number)
+        if self.behind is None:
+            return solve.best_paths(self.matrix, starts, targets, number)
+        return self._best_paths_from_first_rows(starts, targets, number)
+
+    def _best_paths_from_first_rows(
+        self, starts: NDArray[np.float64], targets: NDArray[np.bool_], k: int
+    ) -> list[Path]:
+        """The best paths, where some units have another row behind.
+
+        Such a unit is two here: one that paths pass through, and right after it one
+        that they start from. So the order of the units, and of equal paths, stays.
+        """
+        units = self.generated_units[self.behind.steps]  # (K,)
+        every = np.arange(self.n_units)
+        place = every + np.searchsorted(units, every)
+        start_place = place[units] + 1
+        passing, first = self.matrix.tocoo(), self._first.tocoo()
+        rows = np.concatenate([place[passing.row], start_place[first.row]])
+        columns = place[np.concatenate([passing.col, first.col])]
+        size = self.n_units + units.size
+        matrix = csr_array(
+            (np.concatenate([passing.data, first.data]), (rows, columns)),
+            shape=(size, size),
+        )
+        unit_of = np.empty(size, dtype=np.int64)
+        unit_of[place], unit_of[start_place] = every, units
+        is_start = np.ones(size, dtype=np.bool_)
+        is_start[place[units]] = False
+        is_target = targets[unit_of]
+        found = solve.best_paths(
+            matrix, np.where(is_start, starts[unit_of], 0.0), is_target, k
+        )
+        return [
+            Path(tuple(unit_of[list(path.units)].tolist()), path.weight)
+            for path in found
+        ]
 
     def coarsen(
         self, groups: Sequence[int] | Sequence[Sequence[int]]
@@ -547,7 +893,8 @@ class AttributionGraph:
         Raw rows are summed over the rows and columns of each group, attribution inside
         a group is dropped, and so is attribution of a generated group to a group that
         does not stand before it; then rows are normalised again. A coarse unit stands
-        where its first member stands.
+        where its first member stands. It has another row behind where a member has
+        one: the sum of its members' rows behind.
 
         Args:
             groups: the group of each unit, as ``N`` whole numbers of any value, or the
@@ -575,13 +922,15 @@ class AttributionGraph:
             >>> coarse.rows.tolist() == fine.coarsen([7, 7, 8, 8, 9]).rows.tolist()
             True
         """
-        for row in np.flatnonzero(self.left_out)[:1]:
+        lacks = np.maximum(self.left_out, self.left_out_behind)
+        for row in np.flatnonzero(lacks)[:1]:
+            which = "row" if self.left_out[row] else "the row behind row"
             raise ValueError(
                 complaint(
                     "coarsen",
                     "every row must be complete",
-                    f"row {row} (unit {self.generated_units[row]}) lacks "
-                    f"{self.left_out[row]:.3g} of its mass",
+                    f"{which} {row} (unit {self.generated_units[row]}) lacks "
+                    f"{lacks[row]:.3g} of its mass",
                     "Coarsen the graph of the complete rows and sparsify the result: "
                     "dropping mass does not commute with grouping and normalisation.",
                 )
@@ -591,31 +940,16 @@ class AttributionGraph:
         coarse_units = np.flatnonzero(~sources)
         # Groups of generated units do not interleave, so their rows keep their order.
         row_group = np.searchsorted(coarse_units, group_of[self.generated_units])
-        sum_rows = _membership(row_group, coarse_units.size)  # (G', G)
-        sum_columns = _membership(group_of, sources.size)  # (N', N)
-        with np.errstate(over="ignore", invalid="ignore"):
-            rows = (sum_columns @ (sum_rows @ self.rows).T).T  # (G', N')
-        if issparse(rows):
-            rows = rows.tocoo()
-            before = rows.col < coarse_units[rows.row]
-            rows = csr_array(
-                (rows.data[before], (rows.row[before], rows.col[before])),
-                shape=rows.shape,
+        rows = _summed(self.rows, row_group, group_of, coarse_units)
+        behind = None
+        if self.behind is not None:
+            steps = np.unique(row_group[self.behind.steps])
+            every = _exchanged(
+                csr_array(self.rows), self.behind.steps, self.behind.rows
             )
-            finite = np.isfinite(rows.data).all()
-        else:
-            rows = np.where(np.arange(sources.size) < coarse_units[:, None], rows, 0.0)
-            finite = np.isfinite(rows).all()
-        if not finite:
-            raise ValueError(
-                complaint(
-                    "coarsen",
-                    "the sums over groups must be finite",
-                    "a sum of raw rows is too large for float64",
-                    "Divide all rows by one constant first; the graph stays the same.",
-                )
-            )
-        return AttributionGraph(rows, sources, self.normalization)
+            summed = _summed(every, row_group, group_of, coarse_units)
+            behind = RowsBehind(steps, summed[steps], np.ones(steps.size))
+        return AttributionGraph(rows, sources, self.normalization, behind=behind)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy from another process is checked and read-only too.
@@ -623,12 +957,119 @@ class AttributionGraph:
         return AttributionGraph, given
 
     def __repr__(self) -> str:
-        lacks = f", left_out={self.left_out.sum():.3g}" if self.left_out.any() else ""
+        left_out, others = self.left_out.sum(), ""
+        if self.behind is not None:
+            left_out += (1.0 - self.behind.kept).sum()
+            others = f", rows_behind={self.behind.steps.size}"
+        lacks = f", left_out={left_out:.3g}" if left_out > 0.0 else ""
         return (
             f"AttributionGraph(n_sources={self.n_sources}, "
             f"n_generated={self.n_generated}, normalization={self.normalization!r}"
-            f"{lacks})"
+            f"{others}{lacks})"
         )
+
+
+class _Flow(NamedTuple):
+    """Where the mass of some weights is.
+
+    Attributes:
+        first: weights that go on by a first row of their own, shape ``(K,)``.
+        through: mass that goes on by a row behind, shape ``(G,)``.
+        left: mass that was not followed further, shape ``(G,)``.
+    """
+
+    first: NDArray[np.float64]
+    through: NDArray[np.float64]
+    left: NDArray[np.float64]
+
+
+class _Blocks(NamedTuple):
+    """The shares by which mass goes on.
+
+    Attributes:
+        to_sources: ``A`` of the rows behind, shape ``(G, P)``.
+        to_generated: ``L`` of the rows behind, shape ``(G, G)``.
+        steps: which generated units have another first row, rising, shape ``(K,)``.
+        first_to_sources: ``A`` of their first rows, shape ``(K, P)``.
+        first_to_generated: ``L`` of their first rows, shape ``(K, G)``.
+    """
+
+    to_sources: csr_array
+    to_generated: csr_array
+    steps: NDArray[np.int64]
+    first_to_sources: csr_array
+    first_to_generated: csr_array
+
+    def absolute(self) -> _Blocks:
+        """The blocks in absolute values."""
+        steps = self.steps
+        to_sources, to_generated = abs(self.to_sources), abs(self.to_generated)
+        first = abs(self.first_to_sources), abs(self.first_to_generated)
+        return _Blocks(to_sources, to_generated, steps, *first)
+
+    def ending_at(self, cut: NDArray[np.bool_]) -> _Blocks:
+        """The blocks without the rows of the cut units, shape ``(G,)``."""
+        stays = (~cut).astype(np.float64)
+        first = stays[self.steps]
+        return _Blocks(
+            _scaled(self.to_sources, stays),
+            _scaled(self.to_generated, stays),
+            self.steps,
+            _scaled(self.first_to_sources, first),
+            _scaled(self.first_to_generated, first),
+        )
+
+    def followed(self, weights: NDArray[np.float64], hops: int | None) -> _Flow:
+        """The mass of the weights along all paths, or those with so many passes."""
+        first, entering = np.zeros(0), None
+        if self.steps.size:
+            first = weights[self.steps]
+            weights = weights.copy()
+            weights[self.steps] = 0.0
+            entering = self.first_to_generated.T @ first
+        if hops is not None:
+            return _Flow(
+                first,
+                *solve.truncated_throughput(self.to_generated, weights, hops, entering),
+            )
+        starting = weights if entering is None else weights + entering
+        through = solve.throughput(self.to_generated, starting)
+        return _Flow(first, through, np.zeros_like(through))
+
+    def arrived(self, flow: _Flow) -> NDArray[np.float64]:
+        """Mass that ends in each source, shape ``(P,)``."""
+        attr: NDArray[np.float64] = self.to_sources.T @ flow.through
+        if self.steps.size:
+            attr += self.first_to_sources.T @ flow.first
+        return attr
+
+    def passed(self, flow: _Flow) -> NDArray[np.float64]:
+        """Mass that passes through each generated unit, shape ``(G,)``."""
+        if self.steps.size == 0:
+            return flow.through
+        through = flow.through.copy()
+        through[self.steps] += flow.first
+        return through
+
+    def marginals(self, hops: int | None) -> NDArray[np.float64]:
+        """Mass of all paths from each generated unit to each source, ``(G, P)``."""
+        blocks = self.to_sources, self.to_generated
+        if hops is None:
+            total = onward = solve.marginals(*blocks)
+        else:
+            total = solve.truncated_marginals(*blocks, hops)
+        if self.steps.size == 0:
+            return total
+        if hops is not None:
+            # What goes on by a first row has made one pass when it is behind.
+            onward = (
+                solve.truncated_marginals(*blocks, hops - 1)
+                if hops > 0
+                else np.zeros_like(total)
+            )
+        own = self.first_to_sources.toarray() + self.first_to_generated @ onward
+        total[self.steps] = own
+        return total
 
 
 def _locked(value: Any) -> Any:
@@ -651,14 +1092,29 @@ def _canonical(entries: csr_array) -> csr_array:
     return entries
 
 
-def _raw_rows(rows: Any) -> Any:
+def _scaled(rows: csr_array, factor: NDArray[np.float64]) -> csr_array:
+    """The rows, each times its factor."""
+    data = rows.data * factor[_row_of(rows)]
+    return csr_array((data, rows.indices, rows.indptr), shape=rows.shape)
+
+
+def _exchanged(
+    rows: csr_array, steps: NDArray[np.int64], others: csr_array
+) -> csr_array:
+    """The rows, some of them exchanged for others, as a canonical CSR array."""
+    order = np.arange(rows.shape[0])
+    order[steps] = rows.shape[0] + np.arange(steps.size)
+    return _canonical(csr_array(vstack([rows, others], format="csr")[order]))
+
+
+def _raw_rows(where: str, rows: Any) -> Any:
     """A copy of the rows as float64: an array, or a CSR array if they are sparse."""
     remedy = "Pass one row per generated unit and one column per unit."
     if issparse(rows):
         if rows.dtype.kind not in "biuf":
             raise TypeError(
                 complaint(
-                    "rows",
+                    where,
                     "must be real numbers",
                     f"values of type {rows.dtype} came",
                     "Convert them to float first.",
@@ -666,12 +1122,188 @@ def _raw_rows(rows: Any) -> Any:
             )
         raw = rows
     else:
-        raw = real_array("rows", rows)
+        raw = real_array(where, rows)
     if raw.ndim != 2:
         raise ValueError(
-            complaint("rows", "must have shape (G, N)", f"{raw.shape} came", remedy)
+            complaint(where, "must have shape (G, N)", f"{raw.shape} came", remedy)
         )
     return csr_array(raw, dtype=np.float64, copy=True) if issparse(raw) else raw
+
+
+def _normalised(
+    entries: csr_array,
+    kept: NDArray[np.float64],
+    steps: NDArray[np.int64],
+    own_units: NDArray[np.int64],
+    normalization: Normalization,
+    where: tuple[str, str],
+) -> tuple[csr_array, NDArray[np.float64]]:
+    """Checked raw rows as rows of the graph, and what of each of them leaks.
+
+    Args:
+        entries: the raw rows, canonical, shape ``(K, N)``.
+        kept: share of its mass that each of them holds, shape ``(K,)``.
+        steps: their positions among the generated units, shape ``(K,)``.
+        own_units: their units, shape ``(K,)``.
+        normalization: ``"positive"``, ``"absolute"`` or ``"signed"``.
+        where: the arguments that rows and shares came by, as the user wrote them.
+    """
+    row_of = _row_of(entries)
+    check_entries(
+        steps[row_of], entries.indices, entries.data, own_units[row_of], where[0]
+    )
+    part, filled = shares(entries.data, entries.indptr, normalization)
+    _check_kept(kept, filled, np.diff(entries.indptr), steps, own_units, where[1])
+    normalised = csr_array(
+        (part * kept[row_of], entries.indices, entries.indptr),
+        shape=entries.shape,
+        copy=True,
+    )
+    return _canonical(normalised), (~filled & (kept == 1.0)).astype(np.float64)
+
+
+def _heaviest_entries(
+    entries: csr_array, normalization: Normalization, share: float
+) -> tuple[csr_array, NDArray[np.float64]]:
+    """The fewest entries that hold a share of each row's mass, and what they hold."""
+    mass, _ = masses(entries.data, entries.indptr, normalization)
+    chosen = np.zeros(mass.size, dtype=np.bool_)
+    held = np.ones(entries.shape[0])
+    for row, (start, stop) in enumerate(pairwise(entries.indptr.tolist())):
+        chosen[start:stop], held[row] = heaviest(mass[start:stop], share)
+    ends = np.concatenate([[0], np.cumsum(chosen)])[entries.indptr]
+    rows = csr_array(
+        (entries.data[chosen], entries.indices[chosen], ends), shape=entries.shape
+    )
+    return rows, held
+
+
+def _behind_cut(graph: AttributionGraph, share: float) -> RowsBehind | None:
+    """The rows behind with the fewest entries that hold a share of each one's mass."""
+    if graph.behind is None:
+        return None
+    steps, entries, kept = graph.behind
+    rows, held = _heaviest_entries(entries, graph.normalization, share)
+    return RowsBehind(steps, rows, kept * held)
+
+
+_BEHIND = (
+    "Pass the rows that differ, by their position among the generated units, or all "
+    "rows, of the shape of rows."
+)
+
+
+def _rows_behind(behind: Any, entries: csr_array) -> RowsBehind | None:
+    """Copies of the rows behind; ``None`` where none of them is another row."""
+    if behind is None:
+        return None
+    n_generated, n_units = entries.shape
+
+    def position(value: Any) -> int:
+        remedy = "Pass positions among the generated units."
+        return whole_number("behind", value, stop=n_generated, remedy=remedy)
+
+    if isinstance(behind, Mapping):
+        found = _listed_behind(sorted(map(position, behind)), behind, n_units)
+    elif isinstance(behind, RowsBehind):
+        steps = np.array([position(step) for step in behind.steps], dtype=np.int64)
+        rows = csr_array(_raw_rows("behind", behind.rows))
+        if (np.diff(steps) <= 0).any() or rows.shape != (steps.size, n_units):
+            raise ValueError(
+                complaint(
+                    "behind",
+                    "steps must rise, and rows have one row for each of them and "
+                    f"{n_units} columns",
+                    f"steps {shown(steps.tolist())} and rows of shape {rows.shape} "
+                    "came",
+                    _BEHIND,
+                )
+            )
+        kept = _kept_shares(behind.kept, steps.size, "behind.kept", "row")
+        found = RowsBehind(steps, _canonical(rows), kept)
+    else:
+        every = _canonical(csr_array(_raw_rows("behind", behind)))
+        if every.shape != entries.shape:
+            raise ValueError(
+                complaint(
+                    "behind",
+                    f"must have the shape of rows, {entries.shape}",
+                    f"shape {every.shape} came",
+                    _BEHIND,
+                )
+            )
+        differing, _ = (every != entries).nonzero()
+        steps = np.unique(differing).astype(np.int64)
+        found = RowsBehind(steps, csr_array(every[steps]), np.ones(steps.size))
+    return found if found.steps.size else None
+
+
+def _listed_behind(
+    steps: list[int], given: Mapping[int, Any], n_units: int
+) -> RowsBehind:
+    """The rows behind that came by their positions."""
+    columns = [np.zeros(0, dtype=np.int32)]
+    values = [np.zeros(0)]
+    for step in steps:
+        row = np.zeros(n_units)
+        if given[step] is not None:
+            row = real_array(f"behind[{step}]", given[step])
+        if row.shape != (n_units,):
+            raise ValueError(
+                complaint(
+                    f"behind[{step}]",
+                    f"must have shape ({n_units},), one entry per unit",
+                    f"shape {row.shape} came",
+                    "Pass one raw row, or None for one that was not computed.",
+                )
+            )
+        columns.append(np.flatnonzero(row).astype(np.int32))
+        values.append(row[columns[-1]])
+    parts = (
+        np.concatenate(values),
+        np.concatenate(columns),
+        np.cumsum([0, *map(len, values[1:])]),
+    )
+    return RowsBehind(
+        np.array(steps, dtype=np.int64),
+        _canonical(csr_array(parts, shape=(len(steps), n_units))),
+        np.array([float(given[step] is not None) for step in steps]),
+    )
+
+
+def _summed(
+    rows: Any,
+    row_group: NDArray[np.int64],
+    group_of: NDArray[np.int64],
+    coarse_units: NDArray[np.int64],
+) -> Any:
+    """Raw rows summed over groups, only to groups before their own, ``(G', N')``."""
+    n_groups = int(group_of.max(initial=-1)) + 1
+    sum_rows = _membership(row_group, coarse_units.size)  # (G', G)
+    sum_columns = _membership(group_of, n_groups)  # (N', N)
+    with np.errstate(over="ignore", invalid="ignore"):
+        rows = (sum_columns @ (sum_rows @ rows).T).T  # (G', N')
+    if issparse(rows):
+        rows = rows.tocoo()
+        before = rows.col < coarse_units[rows.row]
+        rows = csr_array(
+            (rows.data[before], (rows.row[before], rows.col[before])),
+            shape=rows.shape,
+        )
+        finite = np.isfinite(rows.data).all()
+    else:
+        rows = np.where(np.arange(n_groups) < coarse_units[:, None], rows, 0.0)
+        finite = np.isfinite(rows).all()
+    if not finite:
+        raise ValueError(
+            complaint(
+                "coarsen",
+                "the sums over groups must be finite",
+                "a sum of raw rows is too large for float64",
+                "Divide all rows by one constant first; the graph stays the same.",
+            )
+        )
+    return rows
 
 
 def _source_mask(sources: Any, n_generated: int, n_units: int) -> NDArray[np.bool_]:
@@ -759,6 +1391,44 @@ def _passes(where: str, value: Any) -> int:
     return whole_number(where, value, remedy=remedy)
 
 
+def _cut_after(hops: Any) -> int | None:
+    """The number of passes after which paths are cut, or ``None``."""
+    return None if hops is None else _passes("hops", hops)
+
+
+def _chosen_units(units: Any, n_units: int) -> NDArray[np.bool_]:
+    """Which of the units are given, shape ``(N,)``."""
+    remedy = "Pass a list of unit indices, or one boolean per unit."
+    try:
+        given = np.array(units)
+    except (TypeError, ValueError, RuntimeError):
+        given = np.array(None)
+    if given.ndim != 1 or (given.size and given.dtype.kind not in "biu"):
+        raise TypeError(
+            complaint(
+                "units",
+                "must be a list of whole numbers or a boolean mask",
+                f"{shown(units)} came",
+                remedy,
+            )
+        )
+    if given.dtype == np.bool_:
+        if given.size != n_units:
+            raise ValueError(
+                complaint(
+                    "units",
+                    f"a mask must have shape ({n_units},), one entry per unit",
+                    f"shape {given.shape} came",
+                    remedy,
+                )
+            )
+        return given
+    mask: NDArray[np.bool_] = np.zeros(n_units, dtype=np.bool_)
+    for unit in given.tolist():
+        mask[whole_number("units", unit, stop=n_units, remedy=remedy)] = True
+    return mask
+
+
 def _cut_share(where: str, value: Any) -> float:
     """A share of a row's mass that is to stay."""
     must, remedy = "must be above 0 and at most 1", "Pass 0.99 to keep 99% of each row."
@@ -776,17 +1446,19 @@ _KEPT = (
 )
 
 
-def _kept_shares(kept: Any, n_generated: int) -> NDArray[np.float64]:
-    """The share of its mass that each row kept, shape ``(G,)``."""
+def _kept_shares(
+    kept: Any, size: int, where: str = "kept", entry: str = "generated unit"
+) -> NDArray[np.float64]:
+    """The share of its mass that each row kept, shape ``(size,)``."""
     if kept is None:
-        return np.ones(n_generated)
-    checked = finite_vector("kept", kept, n_generated, entry="generated unit")
+        return np.ones(size)
+    checked = finite_vector(where, kept, size, entry=entry)
     for row in np.flatnonzero((checked < 0.0) | (checked > 1.0))[:1]:
         raise ValueError(
             complaint(
-                "kept",
+                where,
                 "every share must be at least 0 and at most 1",
-                f"{checked[row]} came at generated unit {row}",
+                f"{checked[row]} came at {entry} {row}",
                 _KEPT,
             )
         )
@@ -797,24 +1469,26 @@ def _check_kept(
     kept: NDArray[np.float64],
     filled: NDArray[np.bool_],
     counts: NDArray[Any],
-    generated_units: NDArray[np.int64],
+    steps: NDArray[np.int64],
+    own_units: NDArray[np.int64],
+    where: str,
 ) -> None:
     """Raise if a row that was not computed has entries, or a part has no mass."""
     for row in np.flatnonzero((kept == 0.0) & (counts > 0))[:1]:
         raise ValueError(
             complaint(
-                "kept",
+                where,
                 "a row of which nothing is kept must have no entries",
-                f"row {row} (unit {generated_units[row]}) has {counts[row]}",
+                f"row {steps[row]} (unit {own_units[row]}) has {counts[row]}",
                 _KEPT,
             )
         )
     for row in np.flatnonzero((kept > 0.0) & (kept < 1.0) & ~filled)[:1]:
         raise ValueError(
             complaint(
-                "kept",
+                where,
                 "a row of which a part is kept must have mass",
-                f"row {row} (unit {generated_units[row]}) has none and kept "
+                f"row {steps[row]} (unit {own_units[row]}) has none and kept "
                 f"{kept[row]}",
                 _KEPT,
             )

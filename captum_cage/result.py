@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +19,13 @@ from scipy.sparse import csr_array, issparse
 from torch import Tensor
 
 from captum_cage._checks import complaint, whole_number
-from captum_cage.graph import AttributionGraph
+from captum_cage.draws import DrawnRows
+from captum_cage.foils import Foil
+from captum_cage.graph import AttributionGraph, Parts, RowsBehind
 from captum_cage.solve import Path
 from captum_cage.spans import Explain, explained_units
 from captum_cage.text import Span, TokenText
+from captum_cage.thinking import Part, Thinking
 from captum_cage.units import (
     Granularity,
     Unit,
@@ -35,10 +38,12 @@ from captum_cage.units import (
 __all__ = ["FORMAT_VERSION", "GraphAttributionResult", "TextPath"]
 
 FORMAT = "captum_cage.result"
-FORMAT_VERSION = 2
-"""Of the files that are written. Version 1 is read, too: it had complete rows only."""
+FORMAT_VERSION = 3
+"""Of the files that are written. Older ones are read, too: version 1 had complete rows
+only, version 2 no foils, no thinking and no draws."""
 
-_READABLE = (1, FORMAT_VERSION)
+_CSR = ("data", "indices", "indptr")
+_READABLE = (1, 2, FORMAT_VERSION)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,48 @@ class TextPath(Path):
     def __str__(self) -> str:
         steps = " <- ".join(json.dumps(text, ensure_ascii=False) for text in self.texts)
         return f"{steps} ({self.share:.1%})"
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """How sure scores are that come from random draws.
+
+    Attributes:
+        low (numpy.ndarray): lower end for each source unit, shape ``(P,)``.
+        high (numpy.ndarray): upper end, shape ``(P,)``.
+        standard_error (numpy.ndarray): shape ``(P,)``.
+        level (float): share of repetitions whose interval is expected to hold what
+            infinitely many draws would give.
+        draws (int): number of draws.
+    """
+
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+    standard_error: npt.NDArray[np.float64]
+    level: float
+    draws: int
+
+
+class FollowUp(Protocol):
+    """What answers questions that need the model again."""
+
+    def alternatives(self, position: Any, k: int) -> list[Any]:
+        """What else the model might have written."""
+
+    def refine(
+        self, result: GraphAttributionResult, top: int, to: Any, side: str
+    ) -> GraphAttributionResult:
+        """The result with its heaviest units split."""
+
+    def refine_cost(
+        self, result: GraphAttributionResult, top: int, to: Any, side: str
+    ) -> int | None:
+        """Most sequences that refining gives the model."""
+
+    def verify_path(
+        self, result: GraphAttributionResult, path: Any, **options: Any
+    ) -> Any:
+        """Whether a path is real."""
 
 
 class GraphAttributionResult(LLMAttributionResult):
@@ -82,6 +129,13 @@ class GraphAttributionResult(LLMAttributionResult):
         inp (InterpretableInput, optional): the input. Default: ``None``
         hops (int, optional): count only paths with at most this many passes through
             generated units. Default: ``None``, paths of any length
+        thinking (Thinking, optional): where a reasoning model's thoughts and its answer
+            stand in the generated text. Default: nowhere
+        foils (Sequence[Foil], optional): what rows are contrasted with.
+            Default: ``()``
+        drawn (DrawnRows, optional): the rows of each draw of a random method.
+            Default: ``None``
+        followup (FollowUp, optional): asks the model again. Default: ``None``
 
     Raises:
         TypeError: if ``hops`` is not a whole number.
@@ -101,6 +155,9 @@ class GraphAttributionResult(LLMAttributionResult):
         output_tokens (list[str]): text of the generated units.
         output_probs (Tensor or None): probability of each generated unit, ``(G,)``.
         hops (int or None): number of passes after which paths are cut.
+        thinking (Thinking): where the thoughts and the answer stand.
+        foils (tuple[Foil, ...]): what rows are contrasted with.
+        drawn (DrawnRows or None): the rows of each draw.
 
     Source: Walker and Ewetz (2025), arXiv:2512.15663.
     """
@@ -119,6 +176,10 @@ class GraphAttributionResult(LLMAttributionResult):
         meta: Mapping[str, Any] | None = None,
         inp: InterpretableInput | None = None,
         hops: int | None = None,
+        thinking: Thinking | None = None,
+        foils: Sequence[Any] = (),
+        drawn: DrawnRows | None = None,
+        followup: FollowUp | None = None,
     ) -> None:
         if hops is not None:
             remedy = "Pass the number of passes; 0 gives the direct rows."
@@ -134,6 +195,10 @@ class GraphAttributionResult(LLMAttributionResult):
         self.generated_breaks = tuple(generated_breaks)
         self.meta = dict(meta or {})
         self.hops = hops
+        self.thinking = Thinking.none() if thinking is None else thinking
+        self.foils = tuple(foils)
+        self.drawn = drawn
+        self._followup = followup
         super().__init__(
             input_tokens=[unit.text for unit in self.units if not unit.generated],
             output_tokens=[unit.text for unit in self.units if unit.generated],
@@ -149,6 +214,10 @@ class GraphAttributionResult(LLMAttributionResult):
     # Results compare by identity, as tensors have no single truth value.
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The model and the input stay where they are.
+        return {**self.__dict__, "_followup": None, "inp": None}
 
     def __repr__(self) -> str:
         texts = [self.output_tokens[step] for step in self.explained]
@@ -242,6 +311,194 @@ class GraphAttributionResult(LLMAttributionResult):
         """Number of generated units whose row was computed, 0 to ``G``."""
         return int(np.count_nonzero(self.graph.left_out < 1.0))
 
+    @cached_property
+    def positive_attr(self) -> Tensor:
+        """Mass of the paths that argue for the explained units, ``(P,)``, float64.
+
+        Those whose product is positive. ``positive_attr - negative_attr`` is
+        ``seq_attr``; in ``positive`` and ``absolute`` all paths are of this kind.
+        """
+        return torch.from_numpy(self._parts.positive)
+
+    @cached_property
+    def negative_attr(self) -> Tensor:
+        """Mass of the paths that argue against them, ``(P,)``, float64, not negative.
+
+        Only in ``signed``; elsewhere zero.
+        """
+        return torch.from_numpy(self._parts.negative)
+
+    @cached_property
+    def _parts(self) -> Parts:
+        return self.graph.explain_parts(self.weights, hops=self.hops)
+
+    @cached_property
+    def step_parts(self) -> tuple[Tensor, Tensor]:
+        """Mass through each generated unit for and against, ``(G,)`` each, float64.
+
+        ``step_attr`` is the first less the second.
+        """
+        parts = self.graph.throughput_parts(self.weights, hops=self.hops)
+        return torch.from_numpy(parts.positive), torch.from_numpy(parts.negative)
+
+    def share_through(self, span: Explain = Part.THINK) -> float:
+        """Share of the explained mass that passes through some generated units.
+
+        Of all paths, those that visit at least one of the units, each counted once. For
+        a reasoning model, ``result.explaining(Part.ANSWER).share_through()`` says how
+        much of its answer came through its thoughts. In ``signed``, of the absolute
+        mass.
+
+        Args:
+            span (optional): which generated units, in any form that ``attribute`` takes
+                as ``explain``. Default: the thoughts
+
+        Returns:
+            float: in [0, 1].
+
+        Raises:
+            ValueError: if it means no unit.
+        """
+        steps = list(self._steps_of(span))
+        units = self.graph.generated_units[steps]
+        return self.graph.share_through(self.weights, units, hops=self.hops)
+
+    def _steps_of(self, span: Explain) -> tuple[int, ...]:
+        steps = [unit for unit in self.units if unit.generated]
+        return explained_units(span, steps, self.generated_text, self.thinking)
+
+    def intervals(
+        self, level: float = 0.95, *, resamples: int = 1000, seed: int = 0
+    ) -> Intervals:
+        """How sure ``seq_attr`` is, where a random method drew its rows several times.
+
+        The draws are resampled, and each resample's mean rows are normalised and solved
+        again, so that the uncertainty of every row goes through the graph. Of ``D``
+        draws, ``D - 1`` are taken each time, which makes the variance of a mean right.
+
+        Args:
+            level (float, optional): coverage, in (0, 1). Default: ``0.95``
+            resamples (int, optional): number of resamples. Default: ``1000``
+            seed (int, optional): of the resampling. Default: ``0``
+
+        Returns:
+            Intervals: percentiles and standard errors, per source unit.
+
+        Raises:
+            ValueError: if the rows were drawn once, or ``level`` is out of range.
+
+        Source: Efron (1979), doi:10.1214/aos/1176344552; Rao and Wu (1988),
+        doi:10.1080/01621459.1988.10478591.
+        """
+        if self.drawn is None:
+            raise ValueError(
+                "intervals: the rows must have been drawn more than once, but they "
+                "were drawn once. Pass draws=10 to attribute, with a random method."
+            )
+        if not 0.0 < level < 1.0:
+            raise ValueError(
+                complaint(
+                    "level", "must be in (0, 1)", f"{level} came", "Pass 0.95, say."
+                )
+            )
+        remedy = "Pass the number of resamples, for example 1000."
+        number = whole_number("resamples", resamples, minimum=2, remedy=remedy)
+        found = np.stack(
+            [
+                graph.explain(self.weights)
+                if self.hops is None
+                else graph.hops(self.weights, self.hops).attr
+                for graph in self.drawn.resampled(number, seed)
+            ]
+        )
+        tail = (1.0 - level) / 2
+        low, high = np.quantile(found, [tail, 1.0 - tail], axis=0)
+        return Intervals(
+            low, high, found.std(axis=0, ddof=1), level, len(self.drawn.rows)
+        )
+
+    def alternatives(self, position: Any = -1, k: int = 5) -> list[Any]:
+        """What else the model might have written at a place, as foils to ask about.
+
+        Args:
+            position (optional): position of a generated unit, whose first token is
+                meant, or a text in the generated text. Default: ``-1``, the last unit
+            k (int, optional): number of candidates. Default: ``5``
+
+        Returns:
+            list[Alternative]: the model's next tokens there, the likeliest first, with
+            id, text, probability, and whether it is what was written.
+
+        Raises:
+            TypeError: if the model is remote.
+            ValueError: if there is no such place, or the result was loaded.
+        """
+        return self._again("alternatives").alternatives(position, k)
+
+    def refine(
+        self, top: int = 3, to: Granularity = "word", *, side: str = "source"
+    ) -> GraphAttributionResult:
+        """The same question with the heaviest units split into smaller ones.
+
+        The other units stay as they are, so that it costs little more than the first
+        time. What it may cost is told before, in sequences given to the model, on the
+        log and by :meth:`refine_cost`; what it did cost stands in ``meta["refined"]``.
+
+        Args:
+            top (int, optional): number of units that are split: of those that the
+                finer units divide, the heaviest. Default: ``3``
+            to (optional): the finer units: ``"word"``, ``"token"``, ``"sentence"`` or a
+                function from a text to character ranges. Default: ``"word"``
+            side (str, optional): ``"source"``, ``"generated"`` (by the mass that passes
+                through) or ``"both"``. Default: ``"source"``
+
+        Returns:
+            GraphAttributionResult: over the mixed units; it can be refined again.
+
+        Raises:
+            ValueError: if no unit can be split, or the result was loaded.
+
+        Source: Paes et al. (2024), arXiv:2403.14459; Liu et al. (2024),
+        arXiv:2411.15102.
+        """
+        return self._again("refine").refine(self, top, to, side)
+
+    def refine_cost(
+        self, top: int = 3, to: Granularity = "word", *, side: str = "source"
+    ) -> int | None:
+        """Most sequences that :meth:`refine` gives the model.
+
+        None for a base method of which it is not known. The arguments are the same.
+        """
+        return self._again("refine_cost").refine_cost(self, top, to, side)
+
+    def verify_path(self, path: Any, **options: Any) -> Any:
+        """Whether a path is real: what happens when its source is taken away.
+
+        See :class:`captum_cage.interventions.PathCheck`.
+
+        Args:
+            path (TextPath or Sequence[int]): a path of this result, or its units from
+                the explained one to the source.
+            **options: ``samples``, ``seed``, ``removal``, ``temperature`` and others,
+                see :func:`captum_cage.interventions.verify_path`.
+
+        Returns:
+            PathCheck: predicted and measured change, and whether they agree.
+
+        Raises:
+            ValueError: if it is no path of this result, or the result was loaded.
+        """
+        return self._again("verify_path").verify_path(self, path, **options)
+
+    def _again(self, where: str) -> FollowUp:
+        if self._followup is None:
+            raise ValueError(
+                f"{where}: must ask the model again, but this result was loaded from a "
+                "file or copied and has none. Call attribute once more."
+            )
+        return self._followup
+
     def paths(self, k: int = 5, source: int | None = None) -> list[TextPath]:
         """The ``k`` heaviest paths from the explained units to the sources.
 
@@ -277,14 +534,17 @@ class GraphAttributionResult(LLMAttributionResult):
 
         Returns:
             GraphAttributionResult: the same graph, cut at the same ``hops``; another
-            question. Its ``unresolved`` is its own: rows that were not needed for this
-            question may be missing for that one.
+            question. Foils stay if their units are explained. Its ``unresolved`` is its
+            own: rows that were not needed for this question may be missing for that
+            one.
         """
-        steps = [unit for unit in self.units if unit.generated]
+        explained = self._steps_of(span)
+        foiled = {foil.unit for foil in self.foils}
+        is_same = foiled <= set(explained)
         return GraphAttributionResult(
-            self.graph,
+            self.graph if is_same else self.graph.without_behind(),
             self.units,
-            explained_units(span, steps, self.generated_text),
+            explained,
             source_text=self.source_text,
             generated_text=self.generated_text,
             output_probs=self.output_probs,
@@ -293,6 +553,10 @@ class GraphAttributionResult(LLMAttributionResult):
             meta=self.meta,
             inp=self.inp,
             hops=self.hops,
+            thinking=self.thinking,
+            foils=self.foils if is_same else (),
+            drawn=self.drawn if is_same or not self.foils else None,
+            followup=self._followup,
         )
 
     def by(self, units: Granularity) -> LLMAttributionResult:
@@ -369,6 +633,8 @@ class GraphAttributionResult(LLMAttributionResult):
             "direct": self.direct.seq_attr.tolist(),
             "sequence": self.sequence.seq_attr.tolist(),
             "step_attr": self.step_attr.tolist(),
+            "positive_attr": self.positive_attr.tolist(),
+            "negative_attr": self.negative_attr.tolist(),
             "leaked": self.leaked,
             "unresolved": self.unresolved,
             "kept": self.graph.kept.tolist() if self.graph.left_out.any() else None,
@@ -392,6 +658,14 @@ class GraphAttributionResult(LLMAttributionResult):
             "generated_breaks": list(self.generated_breaks),
             "explained": list(self.explained),
             "hops": self.hops,
+            "thinking": {
+                "breaks": list(self.thinking.breaks),
+                **{
+                    part.value: [list(span) for span in spans]
+                    for part, spans in self.thinking.spans.items()
+                },
+            },
+            "foils": [[foil.unit, foil.target, foil.text] for foil in self.foils],
             "units": [
                 {
                     "text": unit.text,
@@ -422,10 +696,17 @@ class GraphAttributionResult(LLMAttributionResult):
         }
         if self.output_probs is not None:
             arrays["output_probs"] = self.output_probs.numpy()
-        rows = csr_array(self.graph.rows)
-        arrays["rows_shape"] = np.array(rows.shape)
-        for part in ("data", "indices", "indptr"):
-            arrays[f"rows_{part}"] = getattr(rows, part)
+        arrays |= _csr_arrays("rows", csr_array(self.graph.rows))
+        if self.graph.behind is not None:
+            arrays |= _csr_arrays("behind", self.graph.behind.rows)
+            arrays["behind_steps"] = self.graph.behind.steps
+            arrays["behind_kept"] = self.graph.behind.kept
+        if self.drawn is not None:
+            arrays |= {
+                "drawn_rows": self.drawn.rows,
+                "drawn_steps": self.drawn.steps,
+                "drawn_behind": self.drawn.behind,
+            }
         target = FilePath(path)
         partial = target.with_name(target.name + ".partial")
         try:
@@ -471,17 +752,39 @@ class GraphAttributionResult(LLMAttributionResult):
                 )
             )
         try:
-            parts = tuple(
-                arrays[f"rows_{part}"] for part in ("data", "indices", "indptr")
-            )
-            rows = csr_array(parts, shape=tuple(int(n) for n in arrays["rows_shape"]))
-            rows.check_format()
+            rows = _csr_of("rows", arrays)
+            behind = None
+            if "behind_steps" in arrays:
+                behind = RowsBehind(
+                    arrays["behind_steps"],
+                    _csr_of("behind", arrays),
+                    arrays["behind_kept"],
+                )
             first = version == 1
             graph = AttributionGraph.from_rows(
                 rows if not first and arrays["rows_sparse"] else rows.toarray(),
                 arrays["sources"],
                 header["normalization"],
                 kept=None if first else arrays["kept"],
+                behind=behind,
+            )
+            drawn = None
+            if "drawn_rows" in arrays:
+                drawn = DrawnRows(
+                    arrays["drawn_rows"],
+                    arrays["drawn_steps"],
+                    arrays["drawn_behind"],
+                    graph.sources,
+                    graph.normalization,
+                )
+                drawn.mean_graph()  # which checks the arrays
+            marked = header.get("thinking", {})
+            thinking = Thinking(
+                {
+                    part: tuple(_pair(span) for span in marked.get(part.value, ()))
+                    for part in Part
+                },
+                tuple(int(end) for end in marked.get("breaks", ())),
             )
             units = [
                 Unit(
@@ -511,6 +814,16 @@ class GraphAttributionResult(LLMAttributionResult):
                 ],
                 meta=header["meta"],
                 hops=None if first else header["hops"],
+                thinking=thinking,
+                foils=[
+                    Foil(
+                        whole_number("unit", unit, stop=graph.n_generated, remedy=""),
+                        str(target),
+                        str(text),
+                    )
+                    for unit, target, text in header.get("foils", ())
+                ],
+                drawn=drawn,
             )
         except (
             ValueError,
@@ -562,8 +875,27 @@ def _dense(rows: Any) -> npt.NDArray[np.float64]:
     return dense
 
 
+def _csr_arrays(name: str, rows: csr_array) -> dict[str, Any]:
+    """The arrays of a sparse matrix, as they are saved."""
+    arrays = {f"{name}_{part}": getattr(rows, part) for part in _CSR}
+    return {**arrays, f"{name}_shape": np.array(rows.shape)}
+
+
+def _csr_of(name: str, arrays: Mapping[str, Any]) -> csr_array:
+    """A sparse matrix from its arrays; raises where they are none."""
+    parts = tuple(arrays[f"{name}_{part}"] for part in _CSR)
+    rows = csr_array(parts, shape=tuple(int(n) for n in arrays[f"{name}_shape"]))
+    rows.check_format()
+    return rows
+
+
 def _span(value: Any) -> Span | None:
-    return None if value is None else (int(value[0]), int(value[1]))
+    return None if value is None else _pair(value)
+
+
+def _pair(value: Any) -> Span:
+    start, stop = value
+    return int(start), int(stop)
 
 
 def _not_a_result(path: str | os.PathLike[str]) -> ValueError:

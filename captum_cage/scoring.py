@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from captum_cage._captum import DEFAULT_GEN_ARGS, LLMAttributionObject, family
 from captum_cage._checks import complaint
@@ -31,9 +31,12 @@ __all__ = [
     "check_model",
     "check_sequence",
     "context_length",
+    "continued_ids",
     "generate_ids",
     "held",
     "log_probabilities",
+    "next_token_probabilities",
+    "scores_after",
 ]
 
 _LENGTHS = (
@@ -201,10 +204,9 @@ def generate_ids(
                     "Pass the text or the ids to explain.",
                 )
             )
-        inputs = _model_inputs(llm_attr, prompt, before)
-        output = model.generate(**inputs, **arguments)
-        sequences = output if isinstance(output, torch.Tensor) else output.sequences
-        generated = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+        generated = continued_ids(
+            llm_attr, prompt.inp.to_model_input(), before, arguments
+        )
     if not generated:
         raise ValueError(
             "target: the model generated nothing after this prompt. Pass gen_args that "
@@ -214,18 +216,102 @@ def generate_ids(
 
 
 def _model_inputs(
-    llm_attr: LLMAttributionObject, prompt: Prompt, generated: Sequence[int]
+    llm_attr: LLMAttributionObject, model_input: Any, more: Sequence[int]
 ) -> dict[str, Any]:
-    """Keyword arguments of the model's forward for prompt and generated ids."""
-    more = torch.tensor([list(generated)], dtype=torch.long)
-    model_input = prompt.inp.to_model_input()
+    """Keyword arguments of the model's forward for an input and more ids after it."""
+    later = torch.tensor([list(more)], dtype=torch.long)
     if isinstance(model_input, Mapping):
-        inputs = extended_model_input(model_input, more)
+        inputs = extended_model_input(model_input, later)
     else:
-        ids = torch.tensor([prompt.ids])
-        inputs = {"input_ids": torch.cat([ids, more], dim=1).to(llm_attr.device)}
+        ids = model_input
+        if isinstance(ids, str):
+            ids = torch.tensor([llm_attr.tokenizer.encode(ids)], dtype=torch.long)
+        ids = torch.cat([ids, later.to(ids.device)], dim=1)
+        inputs = {"input_ids": ids.to(llm_attr.device)}
     inputs.setdefault("attention_mask", torch.ones_like(inputs["input_ids"]))
     return inputs
+
+
+def continued_ids(
+    llm_attr: LLMAttributionObject,
+    model_input: Any,
+    more: Sequence[int],
+    gen_args: Mapping[str, Any],
+) -> list[int]:
+    """Ids that a model generates after an input and more ids.
+
+    Args:
+        llm_attr: the wrapped object, whose model generates.
+        model_input (str or Tensor or Mapping): what an interpretable input gives.
+        more (Sequence[int]): ids after it.
+        gen_args (Mapping): for the model's ``generate``.
+    """
+    model: Any = llm_attr.model
+    inputs = _model_inputs(llm_attr, model_input, more)
+    output = model.generate(**inputs, **gen_args)
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    found: list[int] = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return found
+
+
+def _states_after(
+    llm_attr: LLMAttributionObject, model_input: Any, more: Sequence[int], last: int
+) -> tuple[CausalModel, Tensor]:
+    """The model, and its states at the last positions of an input and more ids."""
+    inputs = _model_inputs(llm_attr, model_input, more)
+    length = inputs["input_ids"].shape[1]
+    model = CausalModel(llm_attr.model, llm_attr.device)
+    keep = torch.arange(length - last, length)
+    return model, model.states(inputs, keep, direct=True)[0]
+
+
+def scores_after(
+    llm_attr: LLMAttributionObject, model_input: Any, target: Sequence[int]
+) -> npt.NDArray[np.float64]:
+    """Log-probability of each token of a text after an input, by one plain pass.
+
+    Args:
+        llm_attr: the wrapped object.
+        model_input (str or Tensor or Mapping): what an interpretable input gives.
+        target (Sequence[int]): ids of the text.
+
+    Returns:
+        numpy.ndarray: shape ``(len(target),)``, float64.
+    """
+    with torch.no_grad():
+        model, states = _states_after(llm_attr, model_input, target, len(target) + 1)
+        found = model.log_probabilities(states[:-1], torch.tensor(list(target)))
+    scores: npt.NDArray[np.float64] = found.clamp(max=0).double().cpu().numpy()
+    return scores
+
+
+def next_token_probabilities(
+    llm_attr: LLMAttributionObject, prompt: Prompt, generated: Sequence[int]
+) -> npt.NDArray[np.float64]:
+    """Probability of every token of the vocabulary after a text.
+
+    Returns:
+        numpy.ndarray: shape ``(vocabulary,)``, float64.
+
+    Raises:
+        TypeError: if the model is remote.
+    """
+    if family(llm_attr) == "remote":
+        raise TypeError(
+            complaint(
+                "alternatives",
+                "needs the model itself",
+                "the model is remote and scores given texts only",
+                "Load the model.",
+            )
+        )
+    with torch.no_grad():
+        model, states = _states_after(
+            llm_attr, prompt.inp.to_model_input(), generated, 1
+        )
+        found = model.probabilities(states)[0]
+    probabilities: npt.NDArray[np.float64] = found.cpu().numpy()
+    return probabilities
 
 
 def log_probabilities(
@@ -261,13 +347,6 @@ def log_probabilities(
             )
         values = np.asarray(given, dtype=np.float64)
     else:
-        inputs = _model_inputs(llm_attr, prompt, generated)
-        length = inputs["input_ids"].shape[1]
-        keep = torch.arange(length - len(generated) - 1, length - 1)
-        model = CausalModel(llm_attr.model, llm_attr.device)
-        with torch.no_grad():
-            states = model.states(inputs, keep, direct=True)
-            found = model.log_probabilities(states[0], torch.tensor(list(generated)))
-        values = found.clamp(max=0).cpu().numpy()
+        values = scores_after(llm_attr, prompt.inp.to_model_input(), generated)
     check_scores(values, generated, llm_attr.tokenizer)
     return values

@@ -24,9 +24,11 @@ __all__ = [
     "DENSE_FILL_SPAN",
     "DENSE_ROWS",
     "Hops",
+    "Parts",
     "Path",
     "best_paths",
     "marginals",
+    "signed_parts",
     "solve_triangle",
     "throughput",
     "truncated_marginals",
@@ -64,6 +66,19 @@ class Hops(NamedTuple):
 
     attr: NDArray[np.float64]
     unresolved: float
+
+
+class Parts(NamedTuple):
+    """Mass of the paths of positive weight and of those of negative weight, apart.
+
+    Attributes:
+        positive: mass of the paths whose weight is above zero, not negative.
+        negative: absolute mass of the paths whose weight is below zero, of the same
+            shape, not negative.
+    """
+
+    positive: NDArray[np.float64]
+    negative: NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -219,17 +234,23 @@ def throughput(
 
 
 def truncated_throughput(
-    to_generated: csr_array, weights: NDArray[np.float64], k: int
+    to_generated: csr_array,
+    weights: NDArray[np.float64],
+    k: int,
+    entering: NDArray[np.float64] | None = None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mass through each generated unit within ``k`` passes, and the mass left open.
 
     The first ``k + 1`` terms of the series ``y = sum_i (L^T)^i w``, and the term that
-    comes next. From ``k = G - 1`` on nothing is left open.
+    comes next. From ``k = G - 1`` on nothing is left open. Mass ``e`` that enters with
+    the first pass is in term ``i`` as ``(L^T)^(i - 1) e``, for ``i >= 1``.
 
     Args:
         to_generated: ``L``, shape ``(G, G)``, strictly lower triangular.
         weights: ``w``, weight of each explained unit, shape ``(G,)``.
         k: number of passes through generated units, 0 or more.
+        entering: ``e``, mass that comes to each generated unit from elsewhere and is
+            there after one pass, shape ``(G,)``; ``None`` for none.
 
     Returns:
         ``y`` of the cut series and the mass on each generated unit that was not
@@ -248,6 +269,8 @@ def truncated_throughput(
     passing = np.array(weights, dtype=np.float64)
     through = passing.copy()
     passing = backwards @ passing
+    if entering is not None:
+        passing = passing + entering
     for _ in range(k):
         if not passing.any():
             break
@@ -290,6 +313,30 @@ def truncated_marginals(
             break
         total += arriving
     return total
+
+
+def signed_parts(absolute: NDArray[np.float64], net: NDArray[np.float64]) -> Parts:
+    """Positive and negative mass, from their sum and their difference.
+
+    ``(s + d) / 2`` and ``(s - d) / 2``. Where one of them is zero, ``s`` and ``d`` are
+    the same sums but for a sign, and the difference is zero to the last bit; where
+    rounding of the others would make one negative, it is zero.
+
+    Args:
+        absolute: ``s``, solved with the absolute values of blocks and weights.
+        net: ``d``, solved with the blocks and the weights, of the same shape.
+
+    Returns:
+        Both parts, of that shape, float64, not negative.
+
+    Example:
+        >>> parts = signed_parts(np.array([1.0, 0.5]), np.array([0.5, -0.5]))
+        >>> parts.positive.tolist(), parts.negative.tolist()
+        ([0.75, 0.0], [0.25, 0.5])
+    """
+    return Parts(
+        np.maximum((absolute + net) / 2.0, 0.0), np.maximum((absolute - net) / 2.0, 0.0)
+    )
 
 
 def best_paths(

@@ -10,11 +10,12 @@ import numpy as np
 
 from captum_cage._checks import complaint, shown, whole_number
 from captum_cage.text import Span
+from captum_cage.thinking import Part, Thinking
 from captum_cage.units import Unit
 
 __all__ = ["Explain", "explained_units", "find_span"]
 
-Explain: TypeAlias = int | slice | tuple[int, int] | str | re.Pattern[str] | None
+Explain: TypeAlias = int | slice | tuple[int, int] | str | re.Pattern[str] | Part | None
 
 _FORMS = (
     "Pass a position, a slice or (start, stop) of generated units, a substring of the "
@@ -23,7 +24,10 @@ _FORMS = (
 
 
 def explained_units(
-    explain: Explain, units: Sequence[Unit], text: str
+    explain: Explain,
+    units: Sequence[Unit],
+    text: str,
+    thinking: Thinking | None = None,
 ) -> tuple[int, ...]:
     """Positions of the generated units that a question means.
 
@@ -32,9 +36,11 @@ def explained_units(
             or ``(start, stop)`` of generated units; a substring of the generated text,
             whose *last* occurrence counts; or a compiled regular expression, whose last
             visible match counts. A text means every unit that shares a visible
-            character with it.
+            character with it. Or a ``Part``: all units of the thoughts or of the
+            answer.
         units (Sequence[Unit]): the generated units.
         text (str): the generated text, which their ranges count in.
+        thinking (Thinking, optional): where its parts stand. Default: None
 
     Returns:
         tuple[int, ...]: ascending positions, at least one.
@@ -57,6 +63,8 @@ def explained_units(
                 )
             )
         explain = slice(*explain)
+    if isinstance(explain, Part):
+        return _part(explain, units, text, thinking or Thinking.none())
     if isinstance(explain, slice):
         return _sliced(explain, count)
     if isinstance(explain, str | re.Pattern):
@@ -75,6 +83,23 @@ def explained_units(
             "explain", "must name generated units", f"{shown(explain)} came", _FORMS
         )
     )
+
+
+def _part(
+    part: Part, units: Sequence[Unit], text: str, thinking: Thinking
+) -> tuple[int, ...]:
+    spans = thinking.spans[part]
+    if not spans:
+        raise ValueError(
+            complaint(
+                "explain",
+                f"{part} must be marked in the generated text",
+                f"no {part.value} was found in {text[-80:]!r}",
+                "Pass think= with the markers or the range of the thoughts.",
+            )
+        )
+    chosen = {unit for span in spans for unit in _overlapping(span, units, text)}
+    return tuple(sorted(chosen))
 
 
 def _sliced(explain: slice, count: int) -> tuple[int, ...]:

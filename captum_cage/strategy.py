@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from captum_cage._captum import base_method
 from captum_cage._checks import complaint
-from captum_cage._shares import heaviest, masses
+from captum_cage._shares import heaviest, masses, shares
 from captum_cage.engines.engine import Engine, Unsuitable
 from captum_cage.engines.registry import engine_names, find_engine
 from captum_cage.frontier import Frontier
-from captum_cage.graph import AttributionGraph, Normalization
+from captum_cage.graph import AttributionGraph, Normalization, RowsBehind
 from captum_cage.rows import check_loop, checked_row, loop_row
 from captum_cage.task import RowTask
 
@@ -153,6 +153,17 @@ class Strategy:
         for step in steps:
             yield step, checked_row(self.task, step, loop_row(self.task, step))
 
+    def row(self, step: int) -> npt.NDArray[np.float64]:
+        """Raw row of one generated unit, shape ``(N,)``.
+
+        Raises:
+            ValueError: if it is not as it must be.
+        """
+        try:
+            return next(row for _, row in list(self.rows([step])))
+        except _FellBack:
+            return next(row for _, row in self.rows([step]))
+
 
 @dataclass
 class RowStore:
@@ -162,6 +173,8 @@ class RowStore:
         task (RowTask): what they belong to.
         normalization (str): by which mass rows are cut.
         sparsify (float or None): share of each row's mass that is stored.
+        contrasts (tuple): what rows are contrasted with where an explanation starts.
+        starts (dict): by step, the contrastive rows, shape ``(N,)``.
         rows (dict): by step, the entries that were kept, their units, and the share of
             the row's mass that they hold.
     """
@@ -169,8 +182,10 @@ class RowStore:
     task: RowTask
     normalization: Normalization
     sparsify: float | None
+    contrasts: tuple[Any, ...]
     state: tuple[tuple[int, int], ...]
     rows: dict[int, tuple[npt.NDArray[np.float64], npt.NDArray[np.int64] | None, float]]
+    starts: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -178,20 +193,23 @@ class RowStore:
         task: RowTask,
         normalization: Normalization,
         sparsify: float | None,
+        contrasts: tuple[Any, ...],
         unfinished: RowStore | None,
     ) -> RowStore:
         """The store of an interrupted call with the very rows of this one, or a new."""
         state = _model_state(task.llm_attr.model)
-        store = cls(task, normalization, sparsify, state, {})
-        if unfinished is not None and unfinished._has_rows_of(store):
+        store = cls(task, normalization, sparsify, contrasts, state, {})
+        if unfinished is not None and unfinished.has_rows_of(store):
             return unfinished
         return store
 
-    def _has_rows_of(self, other: RowStore) -> bool:
+    def has_rows_of(self, other: RowStore) -> bool:
+        """Whether its rows are those that the other is to have."""
         mine, theirs = self.task, other.task
         return (
             self.state == other.state
             and self.sparsify == other.sparsify
+            and self.contrasts == other.contrasts
             and (self.sparsify is None or self.normalization == other.normalization)
             and mine.prompt.inp is theirs.prompt.inp
             and mine.prompt.ids == theirs.prompt.ids
@@ -220,6 +238,11 @@ class RowStore:
         row[units] = values
         return row
 
+    def complete_row(self, step: int) -> npt.NDArray[np.float64] | None:
+        """A row that is stored whole, shape ``(N,)``; None if it is not."""
+        values, units, _ = self.rows.get(step, (None, None, 0.0))
+        return values if units is None else None
+
     def graph(self) -> AttributionGraph:
         """The graph of the rows that are stored."""
         written = self.task.written.tolist()
@@ -228,19 +251,45 @@ class RowStore:
         if self.sparsify is None:
             rows = np.zeros((len(written), self.task.width))
         for row, step in enumerate(written):
-            if step in self.rows:
+            if step in self.starts:
+                kept[row] = 1.0
+                if rows is not None:
+                    rows[row] = self.starts[step]
+            elif step in self.rows:
                 values, _, kept[row] = self.rows[step]
                 if rows is not None:
                     rows[row] = values
         if rows is None:
             rows = self._sparse(written)
         return AttributionGraph.from_rows(
-            rows, self.task.is_source, self.normalization, kept=kept
+            rows,
+            self.task.is_source,
+            self.normalization,
+            kept=kept,
+            behind=self._rows_behind(),
         )
+
+    def _rows_behind(self) -> RowsBehind | None:
+        """The plain rows of units that have a contrastive one."""
+        if not self.starts:
+            return None
+        steps = sorted(self.starts)
+        rows = np.zeros((len(steps), self.task.width))
+        kept = np.zeros(len(steps))
+        for place, step in enumerate(steps):
+            if step in self.rows:
+                rows[place] = self.row(step)
+                kept[place] = self.rows[step][2]
+        places = np.searchsorted(self.task.written, steps).astype(np.int64)
+        return RowsBehind(places, csr_array(rows), kept)
 
     def _sparse(self, written: Sequence[int]) -> csr_array:
         none = (np.zeros(0), np.zeros(0, dtype=np.int64), 0.0)
         stored = [self.rows.get(step, none) for step in written]
+        for row, step in enumerate(written):
+            if step in self.starts:
+                units = np.flatnonzero(self.starts[step])
+                stored[row] = (self.starts[step][units], units, 1.0)
         return csr_array(
             (
                 np.concatenate([values for values, _, _ in stored]),
@@ -305,13 +354,9 @@ def _fill(
                 store.add(step, row)
                 bar.update()
         return
-    frontier = Frontier(
-        len(store.task.sources),
-        weights,
-        store.normalization,
-        approximation.tolerance,
-        approximation.hops,
-    )
+    frontier = _frontier(store, weights, approximation)
+    if frontier is None:
+        return
     at_once = _ROWS_AT_ONCE if strategy.name == "fused" else 1
     has_row = set(written.tolist())
     while wanted := frontier.wanted(at_once).tolist():
@@ -324,6 +369,30 @@ def _fill(
             # Mass that comes to a unit from outside stays there, as in a source.
             row = store.row(step) if step in has_row else np.zeros(store.task.width)
             frontier.add(step, row)
+
+
+def _frontier(
+    store: RowStore,
+    weights: npt.NDArray[np.float64],
+    approximation: Approximation,
+) -> Frontier | None:
+    """Which rows matter; None if none does beyond the contrastive ones."""
+    first = len(store.task.sources)
+    tolerance, hops = approximation.tolerance, approximation.hops
+    if store.starts:
+        # Their first step is done: what they lead to is explained in their place.
+        whole = np.abs(weights).sum()
+        started = weights.copy()
+        for step in store.starts:
+            started[step] = 0.0
+        for step, row in store.starts.items():
+            part, _ = shares(row, np.array([0, len(row)]), store.normalization)
+            started += weights[step] * part[first:]
+        tolerance *= whole / max(float(np.abs(started).sum()), np.finfo(float).tiny)
+        if tolerance >= 1.0:
+            return None
+        weights, hops = started, None
+    return Frontier(first, weights, store.normalization, tolerance, hops)
 
 
 def _after(weights: npt.NDArray[np.float64]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,12 +15,17 @@ from captum_cage._captum import LLMAttributionObject
 from captum_cage._checks import complaint
 from captum_cage.inputs import Continuation, PrefixedInput, Prompt, TokenIdsInput
 from captum_cage.text import Span, TokenText, decode, read_tokens, special_ids
+from captum_cage.thinking import Thinking
 from captum_cage.units import FIXED, Segments, Unit, Units, group_tokens, split_ranges
 
-__all__ = ["RowTask", "check_scores", "generated_units", "text_units"]
+__all__ = ["RowTask", "TextUnits", "check_scores", "generated_units", "text_units"]
 
 # Tokens of the prompt in whose context the generated ones are read.
 _CONTEXT = 8
+_TAIL = 200  # characters of the prompt, whose end may open the first thought
+_NOTHING = Continuation(
+    (), TokenText("", ()), np.zeros(0, dtype=bool), np.zeros(0, dtype=bool), (), False
+)
 
 
 def check_scores(
@@ -66,6 +71,7 @@ class RowTask:
         batch_size (int or None): most sequences that an engine may give the model at
             once; None lets it choose by the memory that is free.
         show_progress (bool): whether an engine shows a progress bar.
+        thinking (Thinking): which parts of the generated text are thinking.
         kept (dict): finished work of an engine, by the engine's own key; a call that
             was interrupted finds it here when it is repeated. Under ``"scores"`` the
             log-probabilities of all generated tokens, once an engine has them.
@@ -81,6 +87,7 @@ class RowTask:
     kwargs: Mapping[str, Any]
     batch_size: int | None = None
     show_progress: bool = False
+    thinking: Thinking = field(default_factory=Thinking.none)
     kept: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @cached_property
@@ -105,10 +112,8 @@ class RowTask:
         """
         groups = self.steps.groups[: len(values)]
         inside = groups >= 0
-        sums: npt.NDArray[np.float64] = np.bincount(
-            groups[inside], weights=values[inside]
-        )
-        return sums
+        found = np.bincount(groups[inside], weights=values[inside])
+        return found.astype(np.float64)
 
     @property
     def width(self) -> int:
@@ -184,9 +189,29 @@ class RowTask:
         )
 
 
+class TextUnits(NamedTuple):
+    """What a prompt and the text after it are made of.
+
+    Attributes:
+        text (TokenText): all that follows the prompt.
+        sources (Units): the units of the prompt.
+        steps (Units): the units that follow it.
+        thinking (Thinking): which parts of it are thinking, and the answer.
+    """
+
+    text: TokenText
+    sources: Units
+    steps: Units
+    thinking: Thinking
+
+
 def text_units(
-    prompt: Prompt, generated: Sequence[int], sides: Mapping[str, Any], tokenizer: Any
-) -> tuple[TokenText, Units, Units]:
+    prompt: Prompt,
+    generated: Sequence[int],
+    sides: Mapping[str, Any],
+    tokenizer: Any,
+    think: Any = None,
+) -> TextUnits:
     """The generated text, and the units of prompt and generated text.
 
     Args:
@@ -194,22 +219,28 @@ def text_units(
         generated (Sequence[int]): ids of all that follows the prompt.
         sides (Mapping): the granularity of each side, as ``split_units`` gives it.
         tokenizer: the tokenizer of the ids.
+        think (optional): where thinking stands, as ``Thinking.found`` takes it.
+            Default: None
 
     Raises:
+        TypeError: if ``think`` is nothing that says where.
         ValueError: if ranges do not fit the text.
     """
     source_units, step_units = sides["source"], sides["generated"]
-    later_units = source_units
     if sides["both"] is not None:
         cut = len(prompt.text.text)
         source_units, step_units = split_ranges(sides["both"], cut)
-        later_units = step_units
     sources = _source_units(prompt, source_units)
-    if prompt.continuation is None:
-        text, steps = generated_units(prompt.ids, generated, step_units, tokenizer)
-        return text, sources, steps
-    trace = _Trace.of(prompt, prompt.continuation, generated, tokenizer)
-    return trace.text, sources, trace.units(later_units, step_units, tokenizer)
+    # Ranges count in the prompt or in all that follows it, turns from outside too.
+    ranges = isinstance(step_units, list) or isinstance(source_units, list)
+    trace = _Trace.of(prompt, generated, tokenizer)
+    thinking = Thinking.found(
+        trace.text.text, trace.turns(), prompt.text.text[-_TAIL:], tokenizer, think
+    )
+    steps = trace.units(
+        step_units if ranges else source_units, step_units, thinking.breaks, tokenizer
+    )
+    return TextUnits(trace.text, sources, steps, thinking)
 
 
 @dataclass(frozen=True)
@@ -226,11 +257,11 @@ class _Trace:
     def of(
         cls,
         prompt: Prompt,
-        before: Continuation,
         generated: Sequence[int],
         tokenizer: Any,
     ) -> _Trace:
-        """The trace with what was generated after it."""
+        """The trace with what was generated after it; or what follows a prompt."""
+        before = prompt.continuation or _NOTHING
         new = generated[len(before.ids) :]
         text, breaks = before.text, before.breaks
         if new:
@@ -239,7 +270,7 @@ class _Trace:
             cut = len(text.text)
             offsets = tuple((a + cut, b + cut) for a, b in added.offsets)
             text = TokenText(text.text + added.text, (*text.offsets, *offsets))
-            breaks = before.all_breaks
+            breaks = before.all_breaks if before.ids else ()
         ones = np.ones(len(new), dtype=bool)
         return cls(
             tuple(generated),
@@ -249,12 +280,25 @@ class _Trace:
             breaks,
         )
 
-    def units(self, outside: Any, written: Any, tokenizer: Any) -> Units:
+    def turns(self) -> list[Span]:
+        """Character ranges that the model wrote."""
+        edges = np.flatnonzero(np.diff(self.generated, prepend=False, append=False))
+        offsets = self.text.offsets
+        return [
+            (offsets[first][0], offsets[stop - 1][1])
+            for first, stop in edges.reshape(-1, 2).tolist()
+        ]
+
+    def units(
+        self, outside: Any, written: Any, breaks: Sequence[int], tokenizer: Any
+    ) -> Units:
         """The units of both kinds, in reading order."""
         special = np.isin(self.ids, list(special_ids(tokenizer)))
         kinds = []
         for is_written, granularity in ((False, outside), (True, written)):
             mask = self.attributed & (self.generated == is_written)
+            if not mask.any():
+                continue
             if isinstance(granularity, list):
                 granularity = self._ranges_in(granularity, mask)
             units = group_tokens(
@@ -263,10 +307,10 @@ class _Trace:
                 generated=is_written,
                 attributed=mask,
                 special=special,
-                breaks=self.breaks,
+                breaks=(*self.breaks, *breaks),
             )
             kinds.append(units)
-        return _merged(*kinds)
+        return kinds[0] if len(kinds) == 1 else _merged(*kinds)
 
     def _ranges_in(
         self, ranges: Sequence[Span], mask: npt.NDArray[np.bool_]

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from captum_cage.result import GraphAttributionResult, TextPath
 from captum_cage.text import Span
+from captum_cage.thinking import Part
 from captum_cage.units import Unit
 
 __all__ = ["TerminalView", "harmless"]
@@ -58,6 +59,7 @@ _AROUND = 60  # characters that are kept around what matters
 _SHORT_UNIT = 12  # characters; the table shows such units with the words around them
 _LONGEST_PATH = 8  # units; longer paths are shown without their middle
 _LONGEST_BAR = 16  # cells
+_RESAMPLES = 200  # for intervals
 
 # White space as it stands, and the joiners that scripts and emoji are written with.
 _LAYOUT = "\n\t"
@@ -108,6 +110,8 @@ class TerminalView:
             matter; sources that overlap with one are marked. Default: none
         ends (Collection[Span]): character ranges of the prompt; only paths to sources
             that overlap with one are shown. Default: none, paths to any source
+        checks (Collection): what `verify_path` found, shown below the paths.
+            Default: none
     """
 
     result: GraphAttributionResult
@@ -116,6 +120,7 @@ class TerminalView:
     seconds: float | None = None
     truth: Collection[Span] = ()
     ends: Collection[Span] = ()
+    checks: Collection[object] = ()
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -207,6 +212,12 @@ class TerminalView:
             question.append(_quoted(text, 160))
         else:
             question.append(f"{len(chosen)} of {len(units)} generated units")
+        for foil in self.result.foils:
+            question.append("\nWhy: ", "bold")
+            question.append(
+                f"{_quoted(foil.target.strip(), 80)} rather than "
+                f"{_quoted(foil.text.strip(), 80)}"
+            )
         return question
 
     # --- the texts -----------------------------------------------------------------
@@ -271,7 +282,9 @@ class TerminalView:
         rest = np.concatenate([rest, order[~told]])
         bar = 0 if width < WITH_BARS else min(width // 8, _LONGEST_BAR)
         numbers = [len("direct"), len("marginalised")]
+        more = self._more_columns(places)
         columns = [*([len("true fact")] if self.truth else []), *numbers]
+        columns += [max(len(title), 5) for title in more]
         columns += [bar] if bar else []
         left = width - sum(columns) - 2 * len(columns)
         layouts = (self._source_text, self._generated_text)
@@ -291,6 +304,8 @@ class TerminalView:
             table.add_column("true fact", justify="center", no_wrap=True)
         for title, cells in zip(("direct", "marginalised"), numbers, strict=True):
             table.add_column(title, justify="right", no_wrap=True, min_width=cells)
+        for title in more:
+            table.add_column(title, justify="right", no_wrap=True)
         if bar:
             table.add_column("", width=bar)
         largest = np.abs(marginal).max(initial=0.0)
@@ -302,6 +317,7 @@ class TerminalView:
                 row.append("*" if is_true else "")
             row.append(_percent(direct[i], self._signed, digits=1))
             row.append(Text(_percent(marginal[i], self._signed, digits=1), "bold"))
+            row += [cells[i] for cells in more.values()]
             if bar:
                 length = round(bar * abs(marginal[i]) / largest) if largest else 0
                 row.append(Text(block * length, _bar_style(marginal[i])))
@@ -314,6 +330,34 @@ class TerminalView:
             row.append(_percent(marginal[rest].sum(), self._signed, digits=1))
             table.add_row(*row, style="dim")
         return table
+
+    def _more_columns(
+        self, places: Sequence[tuple[int, _Stretch, int]]
+    ) -> dict[str, list[str]]:
+        """What argues for and against, and intervals, where there are any."""
+        result = self.result
+        more: dict[str, list[str]] = {}
+        if self._signed:
+            for title, attr in (
+                ("for", result.positive_attr),
+                ("against", result.negative_attr),
+            ):
+                sides = self._by_side(attr, np.zeros(result.graph.n_generated))
+                more[title] = [
+                    _percent(sides[side][list(s.units)].sum(), digits=1)
+                    for side, s, _ in places
+                ]
+        # Intervals of several units do not add up.
+        if result.drawn is not None and all(len(s.units) == 1 for _, s, _ in places):
+            found = result.intervals(resamples=_RESAMPLES)
+            none = np.zeros(result.graph.n_generated)
+            low, high = (self._by_side(end, none) for end in (found.low, found.high))
+            more[f"{found.level:.0%} interval"] = [
+                f"{_percent(low[side][s.units[0]], self._signed, digits=1)} to "
+                f"{_percent(high[side][s.units[0]], self._signed, digits=1)}"
+                for side, s, _ in places
+            ]
+        return more
 
     # --- the paths -----------------------------------------------------------------
 
@@ -351,7 +395,10 @@ class TerminalView:
             for text in chain[1:]:
                 table.add_row("", Padding(Text(f"<- {text}"), (0, 0, 0, 2)))
         title = "Heaviest paths" if found else "No path to a source has any mass."
-        return Group(Text(title, "bold"), table)
+        parts: list[RenderableType] = [Text(title, "bold"), table]
+        for check in self.checks:
+            parts += ["", Text(harmless(str(check)))]
+        return Group(*parts)
 
     # --- mass, and how it was made -------------------------------------------------
 
@@ -382,6 +429,9 @@ class TerminalView:
         parts = [
             _percent(part, signed, digits=1) for part in (mass, direct, mass - direct)
         ]
+        if result.thinking.spans[Part.THINK]:
+            through = result.share_through(Part.THINK)
+            parts[2] += f" ({_percent(through, digits=1)} through the thoughts)"
         why = " (rows without mass)" if float(leak[:-1]) else ""
         rows = result.rows_computed
         if rows < graph.n_generated:

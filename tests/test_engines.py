@@ -914,7 +914,7 @@ class TestScoredSubsets:
         prompt = Prompt.read(TextTokenInput(SHORT, tokenizer), tokenizer)
         ids = tokenizer.encode(ANSWER)
         sides = split_units({"source": "word", "generated": "word"})
-        text, sources, steps = text_units(prompt, ids, sides, tokenizer)
+        text, sources, steps, _ = text_units(prompt, ids, sides, tokenizer)
         task = RowTask(llm_attr, prompt, tuple(ids), text, sources, steps, 0, {})
         row = next(s for s in range(len(steps)) if len(steps.members(s)) > 1)
         own, rows = len(sources) + row, len(steps)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
 import pickle
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from numpy.testing import assert_allclose, assert_array_equal
 
-from captum_cage.graph import AttributionGraph, Hops, Path
+from captum_cage import solve
+from captum_cage.graph import AttributionGraph, Hops, Parts, Path, RowsBehind
 
 EXACT = 1e-12
 NORMALIZATIONS = ("positive", "absolute", "signed")
@@ -700,7 +703,10 @@ def test_an_unknown_normalization_is_refused(normalization):
 
 QUESTIONS = {
     "explain": lambda graph, weights: graph.explain(weights),
+    "explain_parts": lambda graph, weights: graph.explain_parts(weights),
     "throughput": lambda graph, weights: graph.throughput(weights),
+    "throughput_parts": lambda graph, weights: graph.throughput_parts(weights),
+    "share_through": lambda graph, weights: graph.share_through(weights, [0]),
     "leaked": lambda graph, weights: graph.leaked(weights),
     "unresolved": lambda graph, weights: graph.unresolved(weights, hops=1),
     "hops": lambda graph, weights: graph.hops(weights, 1),
@@ -760,6 +766,10 @@ def test_negative_weights_are_for_signed_graphs():
         (lambda g: g.marginals(hops=-1), ValueError, r"hops: must be 0 or more"),
         (lambda g: g.throughput([1, 1], hops=1.0), TypeError, r"hops: must be a whole"),
         (lambda g: g.unresolved([1, 1], hops=-1), ValueError, r"hops: must be 0 or"),
+        (lambda g: g.explain_parts([1, 1], hops=-1), ValueError, r"hops: must be 0"),
+        (lambda g: g.throughput_parts([1, 1], hops=1.0), TypeError, r"hops: must be"),
+        (lambda g: g.marginal_parts(hops=-1), ValueError, r"hops: must be 0 or more"),
+        (lambda g: g.share_through([1, 1], [0], hops=-1), ValueError, r"hops: must be"),
         (lambda g: g.best_paths([1, 1], 0, -1), ValueError, r"k: must be 0 or more"),
         (
             lambda g: g.best_paths([1, 1], 2, 1),
@@ -844,9 +854,8 @@ def masses(row, normalization):
 
 
 @st.composite
-def thinned_graphs(draw):
-    """A complete graph, one that lacks entries and rows of it, weights and hops."""
-    rows, sources, normalization = draw(raw_graphs())
+def thinned(draw, rows, normalization):
+    """Raw rows of which some entries and whole rows are missing, and what they kept."""
     thin = np.where(draw(arrays(np.bool_, rows.shape)), rows, 0.0)
     kept = np.ones(len(rows))
     for row, complete in enumerate(rows):
@@ -859,6 +868,14 @@ def thinned_graphs(draw):
             kept[row] = 0.0
         if kept[row] == 0.0:
             thin[row] = 0.0
+    return thin, kept
+
+
+@st.composite
+def thinned_graphs(draw):
+    """A complete graph, one that lacks entries and rows of it, weights and hops."""
+    rows, sources, normalization = draw(raw_graphs())
+    thin, kept = draw(thinned(rows, normalization))
     complete = AttributionGraph.from_rows(rows, sources, normalization)
     graph = AttributionGraph.from_rows(thin, sources, normalization, kept=kept)
     lowest = -1.0 if normalization == "signed" else 0.0
@@ -1248,3 +1265,671 @@ def test_a_long_graph_never_needs_a_dense_array():
     assert (graph.kept >= 0.95).all()
     assert 0 < unresolved < 20
     assert attr.sum() + unresolved == pytest.approx(20.0)
+
+
+# --- positive and negative mass, shares through units, rows behind -------------------
+
+# No product of these is below the smallest float.
+APART = st.integers(-9, 9).map(float) | st.floats(0.001, 10) | st.floats(-10, -0.001)
+
+
+def each(dtype, shape, elements=None):
+    """Arrays of which each entry is drawn, so that few of them are filled with one."""
+    return arrays(dtype, shape, elements=elements, fill=st.nothing())
+
+
+@dataclasses.dataclass
+class Case:
+    """A graph with rows behind some of its rows, and all that it stands for."""
+
+    graph: AttributionGraph
+    complete: AttributionGraph  # with all entries of all rows
+    first: Any  # the graph by which paths start, (N, N), and that behind it
+    later: Any
+    rows: Any  # raw rows that are known, those behind, what they kept, which differ
+    plain: Any
+    kept: Any
+    plain_kept: Any
+    differ: Any
+    weights: Any
+    hops: int | None
+
+    def heads(self, weights=None):
+        """Every path from an explained unit, also where it goes on, and its weight.
+
+        With the number of generated units that it passes through below the first.
+        """
+        graph = self.graph
+        weights = self.weights if weights is None else weights
+        starts = zip(graph.generated_units.tolist(), weights.tolist(), strict=True)
+        found = [((unit,), weight) for unit, weight in starts if weight != 0]
+        for units, weight in found:
+            if not graph.sources[units[-1]]:
+                row = (self.first if len(units) == 1 else self.later)[units[-1]]
+                found += [
+                    ((*units, other), weight * float(row[other]))
+                    for other in range(units[-1])
+                    if row[other] != 0
+                ]
+        return [
+            (units, weight, len(units) - 1 - int(graph.sources[units[-1]]))
+            for units, weight in found
+        ]
+
+    def within(self, hops, weights=None):
+        """Those that a cut leaves."""
+        return [h for h in self.heads(weights) if hops is None or h[2] <= hops]
+
+    def at_units(self, heads):
+        """Their mass by the unit at which they end, shape (N,)."""
+        mass = np.zeros(self.graph.n_units)
+        for units, weight, _ in heads:
+            mass[units[-1]] += weight
+        return mass
+
+
+def share_matrix(rows, sources, normalization, kept):
+    """The graph of rows that hold a part of their mass, entry by entry."""
+    matrix = slow_matrix(rows, sources, normalization)
+    matrix[~np.asarray(sources)] *= np.asarray(kept)[:, None]
+    return matrix
+
+
+@st.composite
+def cases(draw, complete=False):
+    """Graphs in which some rows, of which some is missing, have others behind them."""
+    sources = draw(st.integers(0, 7).flatmap(lambda n: each(np.bool_, n)))
+    own = np.flatnonzero(~sources)
+    rows, plain = draw(each(np.float64, (2, own.size, sources.size), APART))
+    normalization = draw(st.sampled_from(NORMALIZATIONS))
+    for raw in (rows, plain):
+        raw[np.arange(sources.size) >= own[:, None]] = 0.0
+        raw[draw(each(np.int8, own.size, st.integers(0, 3))) == 0] = 0.0
+    differ = draw(each(np.bool_, own.size))
+    plain = np.where(differ[:, None], plain, rows)
+    whole = AttributionGraph.from_rows(
+        rows,
+        sources,
+        normalization,
+        behind={step: plain[step] for step in np.flatnonzero(differ).tolist()},
+    )
+    kept = plain_kept = np.ones(own.size)
+    graph = whole
+    if not complete:
+        rows, kept = draw(thinned(rows, normalization))
+        plain, plain_kept = draw(thinned(plain, normalization))
+        plain = np.where(differ[:, None], plain, rows)
+        plain_kept = np.where(differ, plain_kept, kept)
+        steps = np.flatnonzero(differ)
+        behind = RowsBehind(steps, sp.csr_array(plain[steps]), plain_kept[steps])
+        graph = AttributionGraph.from_rows(
+            rows, sources, normalization, kept=kept, behind=behind
+        )
+    weight = st.just(0.0) | st.floats(0.001, 1)
+    if normalization == "signed":
+        weight |= st.floats(-1, -0.001)
+    return Case(
+        graph,
+        whole,
+        share_matrix(rows, sources, normalization, kept),
+        share_matrix(plain, sources, normalization, plain_kept),
+        rows,
+        plain,
+        kept,
+        plain_kept,
+        differ,
+        draw(each(np.float64, own.size, weight)),
+        draw(st.none() | st.integers(0, 4)),
+    )
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases())
+def test_paths_start_by_rows_and_go_on_by_rows_behind(case):
+    """Answer, throughput, leak and what is left open, from the list of all paths."""
+    graph, weights, hops = case.graph, case.weights, case.hops
+    mass = case.at_units(case.within(hops))
+    through = mass[graph.generated_units]
+    found = answer(graph, weights, hops)
+    assert_allclose(found, mass[graph.source_units], rtol=0, atol=EXACT)
+    assert_allclose(graph.throughput(weights, hops=hops), through, rtol=0, atol=EXACT)
+    # What passes goes on by the row behind, a weight by its own row.
+    passing = np.where(case.differ, through - weights, through)
+    own = np.where(case.differ, weights, 0.0)
+    leak, leak_behind = (
+        (kept == 1) & (np.abs(matrix[graph.generated_units]).sum(axis=1) == 0)
+        for kept, matrix in ((case.kept, case.first), (case.plain_kept, case.later))
+    )
+    assert_array_equal(graph.leak, leak)
+    assert_array_equal(graph.leak_behind, leak_behind)
+    assert_array_equal(graph.left_out, 1.0 - case.kept)
+    assert_array_equal(graph.left_out_behind, 1.0 - case.plain_kept)
+    leaked = passing @ leak_behind + own @ leak
+    assert graph.leaked(weights, hops=hops) == pytest.approx(leaked, abs=EXACT)
+    last = graph.n_generated if hops is None else hops
+    beyond = case.at_units(h for h in case.heads() if h[2] == last + 1)
+    unresolved = (
+        np.abs(passing) @ (1 - case.plain_kept)
+        + np.abs(own) @ (1 - case.kept)
+        + np.abs(beyond[graph.generated_units]).sum()
+    )
+    found = graph.unresolved(weights, hops=hops)
+    assert found == pytest.approx(unresolved, abs=EXACT)
+    if hops is not None:
+        assert graph.hops(weights, hops).unresolved == found
+
+
+@settings(deadline=None)
+@given(cases())
+def test_marginals_start_by_rows_and_go_on_by_rows_behind(case):
+    """Row ``t`` enumerates the paths from ``t``, cut after any number of passes."""
+    graph = case.graph
+    for hops in (None, *range(graph.n_generated + 1)):
+        found = graph.marginals(hops=hops)
+        assert found.shape == (graph.n_generated, graph.n_sources)
+        for row, weights in zip(found, np.eye(len(found)), strict=True):
+            expected = case.at_units(case.within(hops, weights))
+            assert_allclose(row, expected[graph.source_units], rtol=0, atol=EXACT)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_blocks_are_the_rows_and_those_behind(case):
+    """``blocks`` has the rows by which paths start, ``matrix`` those behind them."""
+    graph = case.graph
+    generated = graph.generated_units
+    for blocks, matrix in (
+        (graph.blocks(), case.first),
+        (graph.blocks_behind(), case.later),
+    ):
+        to_sources, to_generated = blocks
+        expected = matrix[generated][:, graph.source_units]
+        assert_allclose(to_sources.toarray(), expected, rtol=0, atol=EXACT)
+        expected = matrix[np.ix_(generated, generated)]
+        assert_allclose(to_generated.toarray(), expected, rtol=0, atol=EXACT)
+    assert_allclose(graph.matrix.toarray(), case.later, rtol=0, atol=EXACT)
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases())
+def test_unresolved_certifies_an_answer_with_rows_behind(case):
+    """The answer of complete rows and complete rows behind is as near as it says."""
+    error = case.complete.explain(case.weights)
+    error = error - answer(case.graph, case.weights, case.hops)
+    unresolved = case.graph.unresolved(case.weights, hops=case.hops)
+    assert np.abs(error).sum() <= unresolved + EXACT
+    if case.graph.normalization != "signed":
+        assert (error >= -EXACT).all()
+        total = answer(case.graph, case.weights, case.hops).sum() + unresolved
+        total += case.graph.leaked(case.weights, hops=case.hops)
+        assert total == pytest.approx(case.weights.sum(), abs=EXACT)
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases(), st.none() | st.integers(0, 6), st.integers(0, 40))
+def test_best_paths_with_rows_behind_are_the_heaviest_of_all(case, source, k):
+    """A unit that is explained and passed through uses each row in its place."""
+    graph = case.graph
+    assume(source is None or source < graph.n_sources)
+    ends = graph.source_units if source is None else graph.source_units[[source]]
+    every = {units: weight for units, weight, _ in case.heads() if units[-1] in ends}
+    found = graph.best_paths(case.weights, source, k)
+    assert len(found) == len({path.units for path in found}) == min(k, len(every))
+    heaviest = sorted((abs(weight) for weight in every.values()), reverse=True)[:k]
+    assert_allclose([abs(path.weight) for path in found], heaviest, rtol=EXACT)
+    for path in found:
+        assert path.weight == pytest.approx(every[path.units], rel=EXACT)
+
+
+def test_equal_paths_keep_their_order_with_rows_behind():
+    """The shorter first, then the lexicographically smaller, whichever row it takes."""
+    rows = [[1, 0, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
+    for replaced in ({}, {0: None}, {1: None}, {2: None}, {0: None, 2: None}):
+        graph = AttributionGraph.from_rows(rows, 1, behind=replaced)
+        found = graph.best_paths([1, 1, 2], None, 9)
+        passing = [] if 0 in replaced else [(3, 1, 0)]
+        assert [path.units for path in found] == [(1, 0), (2, 0), (3, 0), *passing]
+        assert {path.weight for path in found} == {1.0}
+
+
+def test_marginals_cut_a_first_row_and_what_is_behind_it():
+    """By hand: each pass adds one unit of a chain, whatever the rows behind are."""
+    rows = [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 0]]
+    behind = {2: [0, 0, 1, 0, 0], 3: None}
+    graph = AttributionGraph.from_rows(rows, 1, "positive", behind=behind)
+    for hops, last_rows in enumerate([[0, 0], [0.5, 0], [1, 0], [1, 1], [1, 1]]):
+        expected = [1, float(hops > 0), *last_rows]
+        assert graph.marginals(hops=hops).ravel().tolist() == expected
+    assert graph.marginals().ravel().tolist() == [1, 1, 1, 1]
+
+
+def test_a_unit_that_is_explained_and_passed_through_uses_each_row_in_its_place():
+    """By hand: a quarter by its own row, three quarters by the row behind."""
+    rows, plain = [[0, 1, 0, 0], [0, 1, 3, 0]], {0: [1, 0, 0, 0]}
+    graph = AttributionGraph.from_rows(rows, 2, behind=plain)
+    assert graph.explain([1, 1]).tolist() == [0.75, 1.25]
+    assert graph.throughput([1, 1]).tolist() == [1.75, 1.0]
+    assert graph.hops([1, 1], 0).attr.tolist() == [0.0, 1.25]
+    assert graph.hops([1, 1], 0).unresolved == 0.75
+    assert graph.marginals().tolist() == [[0.0, 1.0], [0.75, 0.25]]
+    assert graph.marginals(hops=0).tolist() == [[0.0, 1.0], [0.0, 0.25]]
+    assert graph.best_paths([1, 1], None, 9) == [
+        Path((2, 1), 1.0),
+        Path((3, 2, 0), 0.75),
+        Path((3, 1), 0.25),
+    ]
+    assert graph.share_through([1, 1], [2]) == 0.875
+    assert graph.share_through([1, 1], [0]) == 0.375
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases())
+def test_parts_are_the_paths_of_either_sign(case):
+    """Paths of positive weight, and those of negative weight in absolute value."""
+    graph, weights, hops = case.graph, case.weights, case.hops
+    heads = case.within(hops)
+    expected = [
+        case.at_units((units, max(sign * weight, 0.0), n) for units, weight, n in heads)
+        for sign in (1, -1)
+    ]
+    explained = graph.explain_parts(weights, hops=hops)
+    through = graph.throughput_parts(weights, hops=hops)
+    for parts, units in (
+        (explained, graph.source_units),
+        (through, graph.generated_units),
+    ):
+        assert isinstance(parts, Parts)
+        for part, mass in zip(parts, expected, strict=True):
+            assert_allclose(part, mass[units], rtol=0, atol=EXACT)
+            assert (part >= 0).all()
+            # What no path reaches by rounding, none reaches.
+            assert not part[mass[units] == 0].any()
+    net = graph.throughput(weights, hops=hops)
+    assert_allclose(through.positive - through.negative, net, rtol=0, atol=EXACT)
+    net = answer(graph, weights, hops)
+    assert_allclose(explained.positive - explained.negative, net, rtol=0, atol=EXACT)
+    if graph.normalization != "signed":
+        assert_array_equal(explained.positive, net)
+        assert not explained.negative.any()
+        assert not through.negative.any()
+
+
+@settings(deadline=None)
+@given(cases())
+def test_marginal_parts_are_the_parts_of_each_row(case):
+    """Row ``t`` holds the parts of unit ``t`` alone."""
+    graph, hops = case.graph, case.hops
+    parts = graph.marginal_parts(hops=hops)
+    assert parts.positive.shape == parts.negative.shape
+    assert parts.positive.shape == (graph.n_generated, graph.n_sources)
+    for row, weights in enumerate(np.eye(graph.n_generated)):
+        expected = graph.explain_parts(weights, hops=hops)
+        assert_allclose(parts.positive[row], expected.positive, rtol=0, atol=EXACT)
+        assert_allclose(parts.negative[row], expected.negative, rtol=0, atol=EXACT)
+    assert all((part >= 0).all() for part in parts)
+    if graph.normalization != "signed":
+        assert_array_equal(parts.positive, graph.marginals(hops=hops))
+        assert not parts.negative.any()
+
+
+@pytest.mark.parametrize("rows_of_dense", [0, 10**6])
+@pytest.mark.parametrize("fill", [0.05, 1.0])
+def test_a_part_that_no_path_brings_is_exactly_zero(rows_of_dense, fill, monkeypatch):
+    """Also in a large graph, by either solve, where everything is rounded.
+
+    Units have a colour each, and an edge is negative between two colours: so all paths
+    between two units have one sign.
+    """
+    monkeypatch.setattr(solve, "DENSE_ROWS", rows_of_dense)
+    monkeypatch.setattr(solve, "DENSE_ENTRIES", rows_of_dense**2)
+    random = np.random.default_rng(3)
+    colour = random.choice([-1.0, 1.0], size=500)
+    rows = np.tril(random.random((400, 500)), 99) * (random.random((400, 500)) < fill)
+    rows *= colour[100:, None] * colour
+    graph = AttributionGraph.from_rows(rows, 100, "signed")
+    weights = random.random(400) * colour[100:]
+    explained, through = graph.explain_parts(weights), graph.throughput_parts(weights)
+    assert not explained.negative[colour[:100] > 0].any()
+    assert not explained.positive[colour[:100] < 0].any()
+    assert not through.negative[colour[100:] > 0].any()
+    assert not through.positive[colour[100:] < 0].any()
+    marginal = graph.marginal_parts()
+    same = colour[100:, None] == colour[:100]
+    assert not marginal.negative[same].any()
+    assert not marginal.positive[~same].any()
+    total = np.sum(explained)
+    assert total == pytest.approx(np.abs(weights).sum() - graph.leak @ through.positive)
+
+
+@settings(deadline=None, max_examples=200)
+@given(cases(), st.data())
+def test_share_through_is_the_mass_of_paths_that_visit_a_unit(case, data):
+    """Of all paths, whatever becomes of them later; in absolute values if signed."""
+    graph, weights, hops = case.graph, case.weights, case.hops
+    mask = data.draw(arrays(np.bool_, graph.n_units))
+    # A path arrives where no unit before it is one of those that are given.
+    visiting = sum(
+        abs(weight)
+        for units, weight, _ in case.within(hops)
+        if mask[units[-1]] and not mask[list(units[:-1])].any()
+    )
+    total = np.abs(weights).sum()
+    expected = visiting / total if total else 0.0
+    found = graph.share_through(weights, mask, hops=hops)
+    assert isinstance(found, float)
+    assert 0.0 <= found <= 1.0
+    assert found == pytest.approx(expected, abs=EXACT)
+    units = data.draw(st.permutations(np.flatnonzero(mask).tolist() * 2))
+    assert graph.share_through(weights, units, hops=hops) == found
+
+
+@settings(deadline=None)
+@given(cases())
+def test_share_through_adds_up_with_the_answers(case):
+    """A single unit's share is its throughput, or its attribution, of the mass."""
+    assume(case.graph.normalization != "signed")
+    assume(case.weights.any())
+    graph, weights, total = case.graph, case.weights, case.weights.sum()
+    for units, mass in (
+        (graph.generated_units, graph.throughput(weights)),
+        (graph.source_units, graph.explain(weights)),
+    ):
+        for unit, expected in zip(units, mass, strict=True):
+            found = graph.share_through(weights, [unit])
+            assert found == pytest.approx(expected / total, abs=EXACT)
+    assert graph.share_through(weights, graph.generated_units) == 1.0
+
+
+def test_share_through_counts_a_path_once_and_leaks_behind_a_visit():
+    """A visit counts although the path leaks later; a leak before it does not."""
+    rows = [[1, 0, 0, 0], [-1, 0, 0, 0], [1, 1, 2, 0]]
+    graph = AttributionGraph.from_rows(rows, 1)
+    assert graph.share_through([0, 0, 1], [2]) == 0.5
+    assert graph.share_through([0, 0, 1], [0]) == 0.5
+    assert graph.share_through([0, 0, 1], [1, 0]) == 0.5
+    assert graph.share_through([0, 0, 2], [1, 2]) == 0.75
+    assert graph.share_through([0, 0, 1], [1, 0], hops=0) == 0.25
+    assert graph.share_through([0, 0, 0], [0]) == 0.0
+    assert graph.share_through([0, 0, 1], []) == 0.0
+
+
+def test_share_through_of_signed_mass_does_not_cancel():
+    """Two paths of opposite sign are two paths; their sum is nothing."""
+    rows = [[1, 0, 0, 0], [-1, 0, 0, 0], [0, 1, 1, 0]]
+    graph = AttributionGraph.from_rows(rows, 1, "signed")
+    assert graph.explain([0, 0, 1]).tolist() == [0.0]
+    assert graph.share_through([0, 0, 1], [0]) == 1.0
+    assert graph.share_through([-1, 0, 1], [2]) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("units", "error", "message"),
+    [
+        (2, TypeError, r"units: must be a list of whole.*int 2 came\. Pass a list"),
+        (None, TypeError, r"units: must be a list of whole numbers or a boolean"),
+        ([0.0], TypeError, r"units: must be a list of whole.*list \[0\.0\] came"),
+        ([[0], [1, 2]], TypeError, r"units: must be a list of whole numbers"),
+        ([[0, 1]], TypeError, r"units: must be a list of whole numbers"),
+        ([4], ValueError, r"units: must be at least 0 and less than 4, but 4 came"),
+        ([0, -1], ValueError, r"units: must be at least 0 and less than 4, but -1"),
+        ([True], ValueError, r"units: a mask must have shape \(4,\).*\(1,\) came"),
+    ],
+)
+def test_units_to_visit_must_be_units(units, error, message):
+    """Indices of units that there are, or a mask that fits."""
+    with pytest.raises(error, match=message):
+        AttributionGraph.from_rows(ROWS, 2).share_through([1, 1], units)
+
+
+@pytest.mark.parametrize("make", [np.array, sp.csr_array])
+@settings(deadline=None)
+@given(case=cases(complete=True))
+def test_rows_behind_come_in_several_forms(make, case):
+    """Those that differ by their position, or all of them, dense or sparse."""
+    rows, sources, differ = make(case.rows), case.graph.sources, case.differ
+    steps = np.flatnonzero(differ)
+    normalization = case.graph.normalization
+    listed = {np.int64(step): case.plain[step].tolist() for step in steps[::-1]}
+    for behind in (
+        listed,
+        RowsBehind(steps, sp.coo_array(case.plain[steps]), np.ones(steps.size)),
+        RowsBehind(steps.tolist(), case.plain[steps], None),
+        make(case.plain),
+    ):
+        graph = AttributionGraph.from_rows(rows, sources, normalization, behind=behind)
+        assert_array_equal(graph.matrix.toarray(), case.graph.matrix.toarray())
+        assert_array_equal(graph.marginals(), case.graph.marginals())
+        if not differ.any():
+            assert graph.behind is None
+            continue
+        expected = steps.tolist()
+        if not isinstance(behind, (dict, RowsBehind)):
+            # Rows that are equal are the same row.
+            expected = [s for s in expected if (case.plain[s] != case.rows[s]).any()]
+        found = [] if graph.behind is None else graph.behind.steps.tolist()
+        assert found == expected
+        if found:
+            assert isinstance(graph.behind.rows, sp.csr_array)
+            assert_array_equal(graph.behind.rows.toarray(), case.plain[found])
+            assert graph.behind.kept.tolist() == [1.0] * len(found)
+
+
+def test_without_rows_behind_nothing_is_kept_twice():
+    """Where no row differs, the graph is the one that it was."""
+    rows = np.array([[1.0, 1, 0, 0], [0, 1, 3, 0]])
+    for behind in (None, {}, rows, sp.csr_array(rows)):
+        graph = AttributionGraph.from_rows(rows, 2, behind=behind)
+        assert graph.behind is None
+        assert graph.blocks_behind() is not None
+        for one, other in zip(graph.blocks(), graph.blocks_behind(), strict=True):
+            assert one is other
+        assert graph.leak_behind is graph.leak
+        assert graph.left_out_behind is graph.left_out
+        assert "behind" not in repr(graph)
+
+
+def test_a_row_behind_that_equals_an_incomplete_row_is_that_row():
+    """Among all rows, what it kept stays; a row that is named is complete."""
+    rows = [[1, 0, 0, 0], [0, 0, 0, 0]]
+    every = AttributionGraph.from_rows(
+        rows, 2, kept=[0.5, 0], behind=[[1, 0, 0, 0], [0, 0, 1, 0]]
+    )
+    assert every.behind.steps.tolist() == [1]
+    assert every.left_out_behind.tolist() == [0.5, 0.0]
+    named = AttributionGraph.from_rows(rows, 2, kept=[0.5, 0], behind={0: rows[0]})
+    assert named.left_out_behind.tolist() == [0.0, 1.0]
+    assert named.left_out.tolist() == [0.5, 1.0]
+
+
+def test_none_is_a_row_behind_that_was_not_computed():
+    """It leaves open what passes, and matters to no one who only starts there."""
+    graph = AttributionGraph.from_rows(ROWS, 2, behind={0: None})
+    assert graph.left_out_behind.tolist() == [1.0, 0.0]
+    assert graph.left_out.tolist() == [0.0, 0.0]
+    assert (graph.explain([1, 0]).tolist(), graph.unresolved([1, 0])) == ([0.5] * 2, 0)
+    assert graph.explain([0, 1]).tolist() == [0.0, 0.25]
+    assert (graph.leaked([0, 1]), graph.unresolved([0, 1])) == (0.0, 0.75)
+
+
+@settings(deadline=None)
+@given(cases(), st.floats(0.01, 1), st.booleans())
+def test_sparsified_cuts_rows_behind_in_the_same_way(case, share, lazy):
+    """Each keeps the heaviest entries of its own mass; answers stay certified."""
+    graph, weights = case.graph, case.weights
+    cut = graph.sparsified(share)
+    if lazy:
+        cut = AttributionGraph.from_rows(
+            iter(case.rows),
+            graph.sources,
+            graph.normalization,
+            kept=case.kept,
+            sparsify=share,
+            behind=graph.behind,
+        )
+    behind = AttributionGraph.from_rows(
+        case.plain, graph.sources, graph.normalization, kept=case.plain_kept
+    ).sparsified(share)
+    assert_array_equal(cut.matrix.toarray(), behind.matrix.toarray())
+    assert_array_equal(cut.left_out_behind, behind.left_out)
+    assert_array_equal(cut.leak_behind, behind.leak)
+    error = graph.explain(weights) - cut.explain(weights)
+    assert np.abs(error).sum() <= cut.unresolved(weights) + EXACT
+    assert (cut.behind is None) == (graph.behind is None)
+
+
+@settings(deadline=None)
+@given(grouped_graphs(), st.data(), st.booleans())
+def test_coarsen_sums_rows_behind_in_the_same_way(grouped, data, sparse):
+    """A group with a row behind has the sum of its members' rows behind."""
+    rows, sources, normalization, labels = grouped
+    differ = data.draw(arrays(np.bool_, len(rows)))
+    plain = np.where(differ[:, None], 2 * rows + (rows != 0), rows)
+    graph = AttributionGraph.from_rows(
+        sp.csr_array(rows) if sparse else rows,
+        sources,
+        normalization,
+        behind={step: plain[step] for step in np.flatnonzero(differ).tolist()},
+    )
+    coarse = graph.coarsen(labels)
+    expected, _ = slow_coarse(rows, sources, labels)
+    found = coarse.rows.toarray() if sparse else coarse.rows
+    assert_allclose(found, expected, rtol=0, atol=1e-10)
+    own_labels = np.array(labels)[~sources]
+    rising = np.unique(own_labels).tolist()  # as their groups do not interleave
+    steps = sorted({rising.index(label) for label in own_labels[differ].tolist()})
+    if not steps:
+        assert coarse.behind is None
+        return
+    expected_behind, _ = slow_coarse(plain, sources, labels)
+    assert coarse.behind.steps.tolist() == steps
+    found = coarse.behind.rows.toarray()
+    assert_allclose(found, expected_behind[steps], rtol=0, atol=1e-10)
+    assert coarse.behind.kept.tolist() == [1.0] * len(steps)
+
+
+def test_coarsen_takes_complete_rows_behind_only():
+    """What was dropped of a row behind cannot be grouped any more."""
+    graph = AttributionGraph.from_rows(ROWS, 2, behind={1: None})
+    message = r"coarsen: every row.*the row behind row 1 \(unit 3\) lacks 1 of its"
+    with pytest.raises(ValueError, match=message):
+        graph.coarsen([0, 0, 1, 2])
+
+
+@pytest.mark.parametrize("make", [np.array, sp.csr_array])
+def test_rows_behind_are_saved_with_the_graph(make):
+    """The five fields that are given make the same graph again."""
+    behind = RowsBehind([1], make([[1.0, 0, 0, 0]]), [0.25])
+    graph = AttributionGraph.from_rows(make(ROWS), 2, "signed", behind=behind)
+    again = AttributionGraph(
+        graph.rows, graph.sources, graph.normalization, graph.kept, graph.behind
+    )
+    copies = pickle.loads(pickle.dumps(graph)), copy.copy(graph), copy.deepcopy(graph)
+    for other in (again, *copies, dataclasses.replace(graph)):
+        assert_array_equal(other.matrix.toarray(), graph.matrix.toarray())
+        for one, two in zip(other.blocks(), graph.blocks(), strict=True):
+            assert_array_equal(one.toarray(), two.toarray())
+        assert other.behind.steps.tolist() == [1]
+        assert other.behind.kept.tolist() == [0.25]
+        assert other.left_out_behind.tolist() == [0.0, 0.75]
+
+
+def test_rows_behind_are_frozen_and_the_callers_arrays_stay_the_callers():
+    """Nothing that was passed is changed or locked, nothing that is kept is open."""
+    given_behind = RowsBehind(
+        np.array([1]), sp.csr_array([[1.0, 0, 0, 0]]), np.array([0.25])
+    )
+    graph = AttributionGraph.from_rows(ROWS, 2, behind=given_behind)
+    steps, rows, kept = graph.behind
+    for array in (
+        *(steps, kept, rows.data, rows.indices, rows.indptr),
+        *(graph.leak_behind, graph.left_out_behind),
+        *(block.data for block in (*graph.blocks(), *graph.blocks_behind())),
+    ):
+        with pytest.raises(ValueError, match="read-only"):
+            array[...] = 0
+    before = graph.throughput([1, 1]).tolist()
+    given_behind.steps[...] = given_behind.kept[...] = 0
+    given_behind.rows.data[...] = 7.0
+    assert graph.throughput([1, 1]).tolist() == before
+    row = np.array([1.0, 0, 0, 0])
+    graph = AttributionGraph.from_rows(ROWS, 2, behind={1: row})
+    row[...] = 7.0
+    assert graph.behind.rows.toarray().tolist() == [[1.0, 0, 0, 0]]
+    graph.explain([1, 1])[...] = 7.0
+    graph.marginals()[...] = 7.0
+    assert graph.explain([0, 1]).tolist() == graph.marginals()[1].tolist()
+
+
+def test_repr_says_how_many_rows_have_others_behind():
+    """Their number, and what both kinds of rows left out."""
+    graph = AttributionGraph.from_rows(ROWS, 2, behind={1: None})
+    assert repr(graph) == (
+        "AttributionGraph(n_sources=2, n_generated=2, normalization='positive', "
+        "rows_behind=1, left_out=1)"
+    )
+
+
+ONE_ROW = sp.csr_array([[1.0, 0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("behind", "error", "message"),
+    [
+        ({2: [1, 0, 0, 0]}, ValueError, r"behind: must be at least 0 and less than 2"),
+        ({-1: [1, 0, 0, 0]}, ValueError, r"behind: must be at least 0.*but -1 came"),
+        ({1.0: [1, 0, 0, 0]}, TypeError, r"behind: must be a whole.*Pass positions"),
+        ({1: [1, 0, 0]}, ValueError, r"behind\[1\]: must have shape \(4,\).*\(3,\)"),
+        ({1: ["a"]}, TypeError, r"behind\[1\]: must be real numbers"),
+        (
+            {1: [0, 0, 0, 2]},
+            ValueError,
+            r"behind: must be causal.*row 1 \(unit 3\) has 2\.0 at unit 3",
+        ),
+        (
+            {0: [1, 0, 0, 0], 1: [0, np.nan, 0, 0]},
+            ValueError,
+            r"behind: every entry.*row 1 \(unit 3\) has a NaN at unit 1",
+        ),
+        (
+            [[1, 1, 0, 0], [0, 1, np.inf, 0]],
+            ValueError,
+            r"behind: every entry.*row 1 \(unit 3\) has inf at unit 2",
+        ),
+        ([[1, 0, 0, 0]], ValueError, r"behind: must have the shape of rows, \(2, 4\)"),
+        ([1, 0, 0, 0], ValueError, r"behind: must have shape \(G, N\), but \(4,\)"),
+        ("x", TypeError, r"behind: must be real numbers"),
+        (sp.csr_array(ROWS * 1j), TypeError, r"behind: must be real.*complex128"),
+        (RowsBehind([2], ONE_ROW, [1]), ValueError, r"behind: .*less than 2, but 2"),
+        (RowsBehind([0, 1], ONE_ROW, [1]), ValueError, r"behind: steps must rise"),
+        (
+            RowsBehind([1, 0], sp.csr_array(ROWS), [1, 1]),
+            ValueError,
+            r"behind: steps must rise.*list \[1, 0\] and rows of shape \(2, 4\) came",
+        ),
+        (RowsBehind([1], ONE_ROW[:, :3], [1]), ValueError, r"rows.* and 4 columns"),
+        (
+            RowsBehind([1], ONE_ROW, [2]),
+            ValueError,
+            r"behind\.kept: .*2\.0 came at row",
+        ),
+        (
+            RowsBehind([1], ONE_ROW, [1, 1]),
+            ValueError,
+            r"behind\.kept: must have shape",
+        ),
+        (
+            RowsBehind([1], ONE_ROW, [0]),
+            ValueError,
+            r"behind: .*must have no entries, but row 1 \(unit 3\) has 1",
+        ),
+        (
+            RowsBehind([1], ONE_ROW * 0, [0.5]),
+            ValueError,
+            r"behind: .*must have mass, but row 1 \(unit 3\) has none and kept 0\.5",
+        ),
+    ],
+)
+def test_rows_behind_must_fit(behind, error, message):
+    """Errors name the row, what came and what to pass."""
+    with pytest.raises(error, match=message):
+        AttributionGraph.from_rows(ROWS, 2, behind=behind)

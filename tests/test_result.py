@@ -309,7 +309,7 @@ def test_a_result_of_another_format_version_is_refused(by_hand, tmp_path):
     """By its number."""
     path = tmp_path / "file"
     save_with(by_hand, path, {**by_hand._header(), "version": 99})
-    with pytest.raises(ValueError, match="version 1 or 2, but version 99 came"):
+    with pytest.raises(ValueError, match="version 1 or 2 or 3, but version 99"):
         GraphAttributionResult.load(path)
 
 

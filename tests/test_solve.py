@@ -74,6 +74,51 @@ def test_truncated_throughput_is_the_cut_series(both, k):
 
 @settings(deadline=None)
 @given(blocks(), st.integers(0, 8))
+def test_mass_that_enters_is_there_after_one_pass(both, k):
+    """It is followed for one pass less than the weights, and left open with them."""
+    _, to_generated = both
+    weights = np.linspace(0.5, 1.5, len(to_generated))
+    entering = np.linspace(-1.0, 2.0, len(to_generated))
+    through, left = solve.truncated_throughput(
+        csr_array(to_generated), weights, k, entering
+    )
+    expected = series(to_generated, weights, k + 1) + series(to_generated, entering, k)
+    assert_allclose(through, expected, rtol=0, atol=EXACT)
+    powers = [np.linalg.matrix_power(to_generated.T, power) for power in (k, k + 1)]
+    term = powers[0] @ entering + powers[1] @ weights
+    assert_allclose(left, term, rtol=0, atol=EXACT)
+    assert entering.tolist() == np.linspace(-1.0, 2.0, len(to_generated)).tolist()
+
+
+@settings(deadline=None)
+@given(blocks(), st.integers(0, 2**32 - 1))
+def test_signed_parts_are_the_masses_of_either_sign(both, seed):
+    """As by a graph of twice the units, in which a negative edge changes the side."""
+    _, to_generated = both
+    weights = np.random.default_rng(seed).normal(size=len(to_generated))
+    found = solve.signed_parts(
+        solve.throughput(csr_array(np.abs(to_generated)), np.abs(weights)),
+        solve.throughput(csr_array(to_generated), weights),
+    )
+    above, below = np.maximum(to_generated, 0), np.maximum(-to_generated, 0)
+    double = np.block([[above, below], [below, above]])
+    starting = np.concatenate([np.maximum(weights, 0), np.maximum(-weights, 0)])
+    expected = series(double, starting, len(weights) + 1)
+    assert_allclose(np.concatenate(found), expected, rtol=0, atol=EXACT)
+    assert (np.concatenate(found) >= 0).all()
+    assert not np.concatenate(found)[expected == 0].any()
+
+
+def test_signed_parts_are_never_negative():
+    """Where the difference exceeds the sum by rounding, the other part is zero."""
+    net = np.array([1.0 + 1e-16, -0.3, 0.0])
+    parts = solve.signed_parts(np.abs(net) * (1 - 1e-15), net)
+    assert (np.concatenate(parts) >= 0).all()
+    assert parts.negative[0] == parts.positive[1] == parts.positive[2] == 0.0
+
+
+@settings(deadline=None)
+@given(blocks(), st.integers(0, 8))
 def test_truncated_marginals_are_the_cut_series(both, k):
     """``truncated_marginals`` is the series up to ``k``, in the end all of it."""
     to_sources, to_generated = both

@@ -117,6 +117,7 @@ class MeanAttention(TokenMethod):
         cost="1 pass",
         needs=("attention",),
         signed=False,
+        depends_on_target=False,
     )
 
     def rows(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -147,6 +148,7 @@ class AttentionRollout(TokenMethod):
         cost="1 pass",
         needs=("attention",),
         signed=False,
+        depends_on_target=False,
     )
 
     def rows(self, ids: Tensor, targets: Tensor) -> Tensor:
@@ -193,6 +195,7 @@ class ValueWeightedAttention(TokenMethod):
         cost="1 pass",
         needs=("attention",),
         signed=False,
+        depends_on_target=False,
     )
 
     def rows(self, ids: Tensor, targets: Tensor) -> Tensor:

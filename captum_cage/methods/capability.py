@@ -31,6 +31,8 @@ class Capability:
         signed (bool): whether it tells what argues against a token.
         probabilities (bool): whether it can attribute probabilities, where
             ``attr_target="prob"``.
+        depends_on_target (bool): whether its rows depend on which token was written,
+            so that the rows of another token differ.
         counted (str or None): the argument that says how many evaluations it takes.
         extra (str or None): the extra of this package that it needs.
     """
@@ -46,5 +48,6 @@ class Capability:
     random: bool = False
     signed: bool = True
     probabilities: bool = False
+    depends_on_target: bool = True
     counted: str | None = None
     extra: str | None = None

@@ -85,6 +85,7 @@ class IFR(TokenMethod):
         cost="1 pass",
         needs=("attention",),
         signed=False,
+        depends_on_target=False,
     )
 
     def __init__(

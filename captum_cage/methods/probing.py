@@ -88,6 +88,7 @@ class ContextLengthProbing(UnitMethod):
         source="Cifka and Liutkus (2023), arXiv:2212.14815",
         wrapper="perturbation",
         cost="P + G passes over what is left",
+        depends_on_target=False,
     )
 
     def __init__(self, model: Any, *, empty: int | None = None) -> None:

@@ -110,7 +110,17 @@ def receiver_heads(
     apart = whole_number("distance", distance, minimum=1, remedy="Pass 1 or more.")
     prompt = Prompt.read(inp, tokenizer)
     generated = target_ids(target, tokenizer)
-    _, sources, steps = text_units(prompt, generated, split_units(units), tokenizer)
+    if prompt.continuation is not None:
+        raise TypeError(
+            complaint(
+                "inp",
+                "must be a prompt, after which all is generated",
+                f"{type(inp).__name__} came, a trace",
+                "Use TokenIdsInput or ChatTokenInput.",
+            )
+        )
+    found = text_units(prompt, generated, split_units(units), tokenizer)
+    sources, steps = found.sources, found.steps
     groups = _groups(prompt, sources, steps, generated_only)
     chosen = steps.units if generated_only else (*sources.units, *steps.units)
     count = len(chosen)

@@ -81,6 +81,11 @@ class AttentionSuppression(UnitMethod):
         one_of("effect", effect, EFFECTS)
         self.effect: Effect = effect
 
+    @property
+    def depends_on_target(self) -> bool:
+        """Whether the effect differs between tokens that might be written."""
+        return self.effect != "kl"
+
     def effects(
         self,
         ids: list[int],

@@ -1,0 +1,303 @@
+"""Contrastive rows: why a model wrote this and not that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from captum_cage._captum import base_method
+from captum_cage._checks import complaint, shown, whole_number
+from captum_cage.foils import Foil
+from captum_cage.inputs import token_ids
+from captum_cage.methods.capability import Capability
+from captum_cage.methods.catalogue import capability_of
+from captum_cage.rows import check_task
+from captum_cage.spans import find_span
+from captum_cage.strategy import Strategy, StrategyName
+from captum_cage.task import RowTask
+from captum_cage.text import decode, read_tokens
+from captum_cage.units import FIXED, Unit, Units
+
+__all__ = ["Contrast", "Foils", "contrast_row", "contrasts", "tokens_of"]
+
+# Tokens in whose context the text of a foil is read.
+_CONTEXT = 8
+
+FoilText: TypeAlias = int | str | Sequence[int] | Tensor
+Foils: TypeAlias = Mapping[Any, FoilText]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A stretch of generated tokens and the foil that could stand in its place.
+
+    Attributes:
+        step (int): the step in which the stretch begins.
+        start (int): its first token after the prompt.
+        stop (int): the token after its last.
+        ids (tuple[int, ...]): ids of the foil.
+        foil (Foil): the same as texts.
+    """
+
+    step: int
+    start: int
+    stop: int
+    ids: tuple[int, ...]
+    foil: Foil
+
+
+def tokens_of(task: RowTask, key: Any, where: str) -> tuple[int, int]:
+    """The tokens after the prompt that a position or a text means.
+
+    Args:
+        task (RowTask): what is explained.
+        key: position of a generated unit (negative ones count from the end), or a text
+            or pattern in the generated text, whose last occurrence counts.
+        where (str): the argument's name.
+
+    Returns:
+        tuple[int, int]: the first token, and the one after the last.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if there is no such unit or text.
+    """
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        count = len(task.written)
+        remedy = f"There are {count} generated units."
+        place = whole_number(where, key, minimum=-count, stop=count, remedy=remedy)
+        return task.range_of(int(task.written[place]))
+    if not isinstance(key, str) and not hasattr(key, "finditer"):
+        raise TypeError(
+            complaint(
+                where,
+                "must name a place in the generated text",
+                f"{shown(key)} came",
+                "Pass the position of a generated unit, a text in it, or a pattern.",
+            )
+        )
+    steps = [task.steps.units[step] for step in task.written]
+    text = task.generated_text.text
+    span = find_span(key, text, steps)
+    written = np.isin(task.steps.groups, task.written)
+    chosen = [
+        token
+        for token, (start, stop) in enumerate(task.generated_text.offsets)
+        if written[token] and text[max(start, span[0]) : min(stop, span[1])].strip()
+    ]
+    if not chosen:
+        raise ValueError(
+            complaint(
+                where,
+                f"the text {text[slice(*span)]!r} must be generated",
+                "no generated token covers it",
+                "Pass a text that the model wrote.",
+            )
+        )
+    return chosen[0], chosen[-1] + 1
+
+
+def contrasts(task: RowTask, foils: Any) -> tuple[Contrast, ...]:
+    """The stretches and their foils, in reading order, checked.
+
+    What stretch and foil begin with alike is left out of both.
+
+    Raises:
+        TypeError: if ``foils`` is no mapping, or a foil neither text nor ids.
+        ValueError: if a place or a foil is not as it must be, two foils are about one
+            unit, or the base method has rows that do not depend on what was written.
+    """
+    if not isinstance(foils, Mapping) or not foils:
+        raise TypeError(
+            complaint(
+                "foil",
+                "must be a mapping from a place to what might stand there",
+                f"{shown(foils)} came",
+                'Pass {"7": "9"} to ask why it is 7 and not 9.',
+            )
+        )
+    _check_method(task)
+    found = [_contrast(task, key, foil) for key, foil in foils.items()]
+    found.sort(key=lambda contrast: contrast.start)
+    for one, other in pairwise(found):
+        if one.step == other.step or other.start < one.stop:
+            raise ValueError(
+                complaint(
+                    "foil",
+                    "a generated unit must have one foil",
+                    f"{one.foil} and {other.foil} came",
+                    "Ask twice, or use smaller units.",
+                )
+            )
+    return tuple(found)
+
+
+def _check_method(task: RowTask) -> None:
+    method = task.llm_attr.attr_method
+    declared = _declared(task)
+    depends = declared is None or declared.depends_on_target
+    if not getattr(method, "depends_on_target", depends):
+        raise ValueError(
+            complaint(
+                "foil",
+                "the base method's rows must depend on what was written",
+                f"those of {base_method(task.llm_attr)} are the same for every token "
+                "that might stand there, so the difference is zero",
+                "Use a method that attributes a probability or a logit, such as "
+                "FeatureAblation or AttnLRP.",
+            )
+        )
+
+
+def _declared(task: RowTask) -> Capability | None:
+    return capability_of(type(task.llm_attr.attr_method))
+
+
+def _contrast(task: RowTask, key: Any, foil: Any) -> Contrast:
+    start, stop = tokens_of(task, key, "foil")
+    ids = _foil_ids(task, start, foil)
+    target = list(task.generated[start:stop])
+    if ids == target:
+        raise ValueError(
+            complaint(
+                "foil",
+                "must differ from what was written",
+                f"{decode(ids, task.llm_attr.tokenizer)!r} came for {key!r}",
+                "Pass another text; result.alternatives() lists candidates.",
+            )
+        )
+    same = 0
+    while same < min(len(ids), len(target)) - 1 and ids[same] == target[same]:
+        same += 1
+    start += same
+    step = int(task.steps.groups[start])
+    text = task.generated_text
+    unit = int(np.searchsorted(task.written, step))
+    written = text.text[text.offsets[start][0] : text.offsets[stop - 1][1]]
+    shown_foil = _read(task, start, ids[same:])
+    return Contrast(
+        step, start, stop, tuple(ids[same:]), Foil(unit, written, shown_foil)
+    )
+
+
+def _read(task: RowTask, start: int, ids: Sequence[int]) -> str:
+    """Text of ids after the tokens before them."""
+    before = [*task.prompt.ids, *task.generated[:start]][-_CONTEXT:]
+    text = read_tokens([*before, *ids], task.llm_attr.tokenizer)
+    return text.split(len(before))[1].text
+
+
+def _foil_ids(task: RowTask, start: int, foil: Any) -> list[int]:
+    """Ids of a foil; a text gets the white space that was written there."""
+    tokenizer = task.llm_attr.tokenizer
+    if isinstance(foil, str):
+        if not foil.strip():
+            raise ValueError(
+                complaint(
+                    "foil",
+                    "must have a visible character",
+                    f"{foil!r} came",
+                    "Pass what might stand there.",
+                )
+            )
+        begin, end = task.generated_text.offsets[start]
+        written = task.generated_text.text[begin:end]
+        space = written[: len(written) - len(written.lstrip())]
+        wanted = foil if foil[0].isspace() else space + foil
+        encoded = [
+            token_ids("foil", tokenizer.encode(text, add_special_tokens=False))
+            for text in (wanted, wanted.lstrip())
+        ]
+        # Some tokenizers put a space in front of every text.
+        for ids in encoded:
+            if ids and _read(task, start, ids) == wanted:
+                return ids
+        return encoded[0]
+    if isinstance(foil, int | np.integer) and not isinstance(foil, bool):
+        foil = [int(foil)]
+    ids = token_ids("foil", foil)
+    if not ids:
+        raise ValueError("foil: must have a token, but it is empty. Pass some ids.")
+    return ids
+
+
+def contrast_row(
+    task: RowTask,
+    contrast: Contrast,
+    strategy: StrategyName,
+    told: set[str],
+    plain: npt.NDArray[np.float64] | None = None,
+) -> npt.NDArray[np.float64]:
+    """Row of what was written less that of the foil.
+
+    Both are scored after the same text. Tokens of the same unit before them are present
+    and fixed. A random method draws the same samples for both.
+
+    Args:
+        task (RowTask): what is explained.
+        contrast (Contrast): the stretch and its foil.
+        strategy (str): how the two rows are computed.
+        told (set[str]): reasons for the loop that were logged already.
+        plain (numpy.ndarray, optional): the raw row of the unit in which the stretch
+            begins, which is not computed again where the stretch is that unit and the
+            method is not random. Default: None
+
+    Returns:
+        numpy.ndarray: raw row, shape ``(N,)``, zero from the stretch on.
+    """
+    declared = _declared(task)
+    is_unit = task.range_of(contrast.step) == (contrast.start, contrast.stop)
+    is_random = declared is None or declared.random
+    written = task.generated[contrast.start : contrast.stop]
+
+    def row(ids: Sequence[int]) -> npt.NDArray[np.float64]:
+        found = np.zeros(task.width)
+        asked = Strategy(_ending_with(task, contrast, ids), strategy, told)
+        one = asked.row(contrast.step)
+        found[: len(one) - 1] = one[:-1]
+        return found
+
+    if plain is not None and is_unit and not is_random:
+        return plain - row(contrast.ids)
+    with _same_draws():
+        target = row(written)
+    return target - row(contrast.ids)
+
+
+@contextmanager
+def _same_draws() -> Iterator[None]:
+    """Random numbers that are drawn inside are drawn once more afterwards."""
+    of_torch = torch.get_rng_state()
+    of_numpy = np.random.get_state()  # noqa: NPY002  # which Captum's methods use
+    try:
+        yield
+    finally:
+        torch.set_rng_state(of_torch)
+        np.random.set_state(of_numpy)  # noqa: NPY002
+
+
+def _ending_with(task: RowTask, contrast: Contrast, ids: Sequence[int]) -> RowTask:
+    """The task up to the stretch, with these ids as its last unit."""
+    groups = task.steps.groups[: contrast.start]
+    groups = np.where(groups < contrast.step, groups, FIXED)
+    groups = np.concatenate([groups, np.full(len(ids), contrast.step)])
+    last = Unit(decode(ids, task.llm_attr.tokenizer), True, None)
+    generated = (*task.generated[: contrast.start], *ids)
+    shorter = replace(
+        task,
+        generated=generated,
+        generated_text=read_tokens(generated, task.llm_attr.tokenizer),
+        steps=Units((*task.steps.units[: contrast.step], last), groups),
+        kept={},
+        show_progress=False,
+    )
+    check_task(shorter)
+    return shorter
