@@ -429,16 +429,17 @@ class TerminalView:
         parts = [
             _percent(part, signed, digits=1) for part in (mass, direct, mass - direct)
         ]
+        thoughts = ""
         if result.thinking.spans[Part.THINK]:
             through = result.share_through(Part.THINK)
-            parts[2] += f" ({_percent(through, digits=1)} through the thoughts)"
+            thoughts = f" ({_percent(through, digits=1)} through the thoughts)"
         why = " (rows without mass)" if float(leak[:-1]) else ""
         rows = result.rows_computed
         if rows < graph.n_generated:
             unresolved += f" (rows computed: {rows} of {graph.n_generated})"
         facts = Text(f"Mass {parts[0]}", "bold")
         facts.append(
-            f": {parts[1]} directly, {parts[2]} through generated text. "
+            f": {parts[1]} directly, {parts[2]} through generated text{thoughts}. "
             f"Leak {leak}{why}, unresolved {unresolved}.",
             "not bold",
         )

@@ -657,6 +657,107 @@ class TestErrors:
         assert done.stderr.splitlines()[-1].startswith("captum-cage: error")
 
 
+class TestQuestions:
+    """Foils, parts, conversations, intervals, paths that are tested."""
+
+    def test_a_foil_is_told_and_explained(self, folder):
+        """By a text, or by the number of a unit."""
+        done = explain(folder, "--foil", "7=9")
+        assert 'Why: "7" rather than "9"' in one_line(done.stdout)
+        found = json.loads(explain(folder, "--foil", "#-1=Leo", "--json", "-").stdout)
+        assert found["explained"] == [1]
+        assert found["foils"][0][0] == 1
+        assert found["foils"][0][2].strip() == "Leo"
+
+    @pytest.mark.parametrize("foil", ["7", "=9", "7="])
+    def test_a_foil_needs_a_place_and_a_text(self, folder, foil):
+        """With a sign between the two."""
+        done = explain(folder, "--foil", foil)
+        assert done.exit_code == 2
+        assert "error: --foil: must be a place and what might stand" in done.stderr
+
+    def test_alternatives_are_listed(self, folder):
+        """Those of the model, and not where stdout is for JSON."""
+        done = explain(folder, "--alternatives", "7")
+        lines = done.stdout.splitlines()
+        assert lines[0].split() == ["The", "model's", "candidates", "probability"]
+        assert len([line for line in lines[1:9] if line.endswith("%")]) == 8
+        json.loads(explain(folder, "--alternatives", "7", "--json", "-").stdout)
+
+    def test_paths_are_tested(self, folder):
+        """Below the paths, and in the file."""
+        done = explain(folder, "--verify", "1")
+        assert re.search(r"The path (holds|does not hold): '", done.stdout)
+        found = json.loads(explain(folder, "--verify", "2", "--json", "-").stdout)
+        assert [set(check) >= {"holds", "predicted"} for check in found["checks"]] == [
+            True,
+            True,
+        ]
+
+    def test_intervals_are_shown_for_several_draws(self, folder):
+        """In a column of their own."""
+        arguments = ["--method", "shapley-sampling", "--samples", "2", "--draws", "3"]
+        done = explain(folder, *arguments, "--explain", "answer")
+        assert "95% interval" in done.stdout
+        assert re.search(r"\d% to +\d+\.\d%", done.stdout)
+
+    def test_a_part_is_explained(self, folder, tmp_path):
+        """That of a text whose thoughts are marked; another has none."""
+        target = "<think>Mia has 7.</think> The answer is 7."
+        done = explain(folder, "--part", "answer", target=target)
+        assert done.exit_code == 2
+        assert "no answer was found" in done.stderr  # the tokenizer has no markers
+        saved = tmp_path / "r.npz"
+        explain(folder, "--save", saved)
+        assert "no think was found" in run("show", saved, "--part", "think").stderr
+        both = explain(folder, "--part", "think", "--explain", "7")
+        assert "--part: names what to explain, as --explain does" in both.stderr
+
+    def test_a_conversation_comes_from_a_file(self, folder, tmp_path):
+        """Turns of the assistant are explained, the others are sources."""
+        file = tmp_path / "messages.json"
+        file.write_text(
+            json.dumps(
+                [
+                    {"role": "user", "content": "Ana has 3 pens."},
+                    {"role": "assistant", "content": "Mia has 4."},
+                    {"role": "tool", "content": "Leo has 5."},
+                    {"role": "assistant", "content": "So Ana has 7."},
+                ]
+            )
+        )
+        arguments = ["--model", folder, "--messages", file, "--json", "-"]
+        found = json.loads(run("explain", *arguments, "--units", "message").stdout)
+        assert [unit["generated"] for unit in found["units"]] == [
+            *(False, True),
+            *(False, True),
+        ]
+        assert found["explained"] == [0, 1]
+
+    @pytest.mark.parametrize(
+        ("content", "more", "told"),
+        [
+            ("[", [], "--messages: must be JSON"),
+            ("3", [], "--messages: must be a JSON list of messages, but int came"),
+            ("[]", ["--chat"], "--messages: is a conversation already"),
+            ("[]", ["--prompt", "x"], "--prompt: must be given, or --messages"),
+            ("[]", [], "messages: must have a message"),
+        ],
+    )
+    def test_a_conversation_that_is_none(self, folder, tmp_path, content, more, told):
+        """Named with what is wrong."""
+        file = tmp_path / "messages.json"
+        file.write_text(content)
+        done = run("explain", "--model", folder, "--messages", file, *more)
+        assert (done.exit_code, done.stdout) == (2, "")
+        assert f"captum-cage: error: {told}" in done.stderr
+
+    def test_a_prompt_or_messages_must_be_given(self, folder):
+        """One of the two."""
+        done = run("explain", "--model", folder)
+        assert "error: --prompt: must be given, or --messages in" in done.stderr
+
+
 class TestMethods:
     """captum-cage methods."""
 

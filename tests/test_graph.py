@@ -1606,7 +1606,7 @@ def test_a_part_that_no_path_brings_is_exactly_zero(rows_of_dense, fill, monkeyp
 def test_share_through_is_the_mass_of_paths_that_visit_a_unit(case, data):
     """Of all paths, whatever becomes of them later; in absolute values if signed."""
     graph, weights, hops = case.graph, case.weights, case.hops
-    mask = data.draw(arrays(np.bool_, graph.n_units))
+    mask = data.draw(each(np.bool_, graph.n_units))
     # A path arrives where no unit before it is one of those that are given.
     visiting = sum(
         abs(weight)

@@ -101,7 +101,7 @@ def cases():
                 yield pytest.param(declared, kind, id=f"{declared.name}, {kind}")
 
 
-@pytest.mark.parametrize(("declared", "kind"), cases())
+@pytest.mark.parametrize(("declared", "kind"), list(cases()))
 def test_every_question_is_answered_or_refused_by_name(declared, kind, models):
     """Why not, for and against, finer, real, sure, through the thoughts."""
     if declared.extra is not None:

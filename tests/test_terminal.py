@@ -9,10 +9,13 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
+from captum_cage.draws import DrawnRows
+from captum_cage.foils import Foil
 from captum_cage.graph import AttributionGraph
 from captum_cage.result import GraphAttributionResult
 from captum_cage.terminal import TerminalView, harmless
 from captum_cage.text import sentence_spans, word_spans
+from captum_cage.thinking import Part, Thinking
 from captum_cage.units import Unit
 
 PROMPT = "Ana has 3 pens. Leo has 5 cups. Mia has 4 more pens than Ana."
@@ -306,6 +309,56 @@ class TestPaths:
         assert "No path to a source has any mass." in text
         assert "Mass 0.0%" in text
         assert "Leak 100.0% (rows without mass)" in text
+
+
+class TestQuestions:
+    """What is asked besides: for and against, foils, parts, intervals, checks."""
+
+    def test_for_and_against_stand_apart(self):
+        """In a signed graph, each source has a share of both."""
+        rows = [[3, 0, -1, 0, 0], [1, 1, 0, -2, 0]]
+        text = shown(made(rows, explain=1, normalization="signed"), 120)
+        lines = text.splitlines()
+        head = next(line for line in lines if line.startswith("Sources"))
+        assert head.split()[1:5] == ["direct", "marginalised", "for", "against"]
+        first = next(line for line in lines if line.startswith("Ana has 3 pens. "))
+        numbers = re.findall(r"[+-]?\d+\.\d%", first)
+        assert numbers == ["+25.0%", "-12.5%", "25.0%", "37.5%"]
+
+    def test_a_foil_is_part_of_the_question(self):
+        """Without white space around."""
+        result = made([[3, 0, 1, 0, 0], [0.5, 0.5, 0, 3, 0]], explain=1)
+        result.foils = (Foil(1, " 7", " 9"),)
+        assert 'Why: "7" rather than "9"' in shown(result)
+
+    def test_the_share_through_the_thoughts_is_told(self):
+        """Where thoughts are marked."""
+        result = made([[3, 0, 1, 0, 0], [0.5, 0.5, 0, 3, 0]], explain=1)
+        cut = result.generated_text.index(" The answer")
+        end = len(result.generated_text)
+        result.thinking = Thinking(
+            {Part.THINK: ((0, cut),), Part.ANSWER: ((cut, end),)}
+        )
+        text = " ".join(shown(result).split())
+        assert "75.0% through generated text (75.0% through the thoughts)." in text
+
+    def test_intervals_have_a_column(self):
+        """Low to high, of each source."""
+        rows = np.array([[[3.0, 0, 1, 0, 0], [0.5, 0.5, 0, 3, 0]]] * 3)
+        rows[1, 1, 3] = 1.0
+        result = made(rows.mean(axis=0), explain=1)
+        none = np.zeros(0, dtype=np.int64)
+        sources = result.graph.sources
+        result.drawn = DrawnRows(rows, none, np.zeros((3, 0, 5)), sources, "positive")
+        text = shown(result, 140)
+        assert "95% interval" in text
+        found = result.intervals(resamples=200)
+        assert f"{found.low[0]:.1%} to {found.high[0]:.1%}" in text
+
+    def test_checks_stand_below_the_paths(self, solved):
+        """As they describe themselves, harmless."""
+        text = shown(solved, checks=["The path holds\x1b[2J: 'a' <- 'b'"])
+        assert "The path holds\\x1b[2J: 'a' <- 'b'" in text
 
 
 class TestFacts:

@@ -16,6 +16,7 @@ from captum_cage import (
     GraphContextAttribution,
     TraceIdsInput,
 )
+from captum_cage.demo.planted import planted_cases, planted_model
 from captum_cage.inputs import Prompt
 from captum_cage.methods import ContextLengthProbing
 from captum_cage.methods.catalogue import capabilities, llm_attribution
@@ -439,3 +440,36 @@ class TestAttribution:
         assert "5 from outside, 3 generated" in shown
         sources = shown[shown.index("Sources") :]
         assert "Mia has 3 more." in sources
+
+
+class TestPlantedTraces:
+    """Conversations in which it is known what the last turn was copied from."""
+
+    @pytest.mark.parametrize("units", ["sentence", "message"])
+    @pytest.mark.parametrize("kind", ["trace", "override"])
+    def test_the_planted_source_comes_first(self, kind, units):
+        """A call that copies an early message, a tool result that overrides it."""
+        model, tokenizer = planted_model(kind)
+        cage = by_ablation((model, tokenizer))
+        first = 0
+        cases = planted_cases(100, seed=0, kind=kind)
+        for case in cases:
+            result = cage.attribute(
+                ChatTraceInput(case.messages, tokenizer),
+                units=units,
+                explain=case.sentences[case.explained].text,
+            )
+            if units == "message":
+                # What the explained turn reads, through earlier turns, is where its
+                # sentence comes from.
+                origins = {
+                    case.sentences[one].message for one in case.origins(case.explained)
+                }
+                texts = {case.messages[number]["content"] for number in origins}
+            else:
+                texts = {
+                    case.sentences[one].text for one in case.origins(case.explained)
+                }
+            best = result.input_tokens[int(result.seq_attr.argmax())]
+            first += best in texts
+        assert first >= 95

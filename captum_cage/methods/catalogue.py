@@ -415,6 +415,11 @@ def unsupported_table() -> str:
             "`ValueError`, before any model call",
             [declared for declared in perturbing if not declared.probabilities],
         ),
+        (
+            "`foil=`",
+            "`ValueError`, before any model call",
+            [declared for declared in known if not declared.depends_on_target],
+        ),
     )
     lines = [
         (what, ", ".join(f"`{declared.name}`" for declared in which), error)
