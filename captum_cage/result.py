@@ -216,8 +216,8 @@ class GraphAttributionResult(LLMAttributionResult):
     __hash__ = object.__hash__
 
     def __getstate__(self) -> dict[str, Any]:
-        # The model and the input stay where they are.
-        return {**self.__dict__, "_followup": None, "inp": None}
+        # A copy or a pickle does not take the model along.
+        return {**self.__dict__, "_followup": None}
 
     def __repr__(self) -> str:
         texts = [self.output_tokens[step] for step in self.explained]
