@@ -29,7 +29,8 @@ LAYERS = (
     {"methods"},
     {"rows", "scoring", "engines", "result"},
     {"strategy"},
-    {"contrast", "cost"},
+    {"contrast"},
+    {"cost"},
     {"interventions"},
     {"followup"},
     {"attribution"},
@@ -46,6 +47,7 @@ TOP_LEVEL = {
 MODULES = {"scikit-learn": "sklearn"}
 # Private attributes of others that have no public form.
 TOLERATED = {
+    "_replace",  # named tuples: a documented method, named so as not to be a field
     "_version",  # torch: how often a tensor was changed in place
     "_global_mapping",  # transformers: its registries have no way to unregister
 }
