@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 
+from captum_cage._checks import complaint
 from captum_cage.graph import AttributionGraph, Normalization, RowsBehind
 
 __all__ = ["DrawnRows"]
@@ -35,8 +36,22 @@ class DrawnRows:
 
     @classmethod
     def of(cls, graphs: Sequence[AttributionGraph]) -> DrawnRows:
-        """The rows of complete graphs over the same units."""
+        """The rows of complete graphs over the same units.
+
+        Raises:
+            ValueError: if a row is not complete.
+        """
         first = graphs[0]
+        for graph in graphs:
+            if graph.left_out.any() or graph.left_out_behind.any():
+                raise ValueError(
+                    complaint(
+                        "draws",
+                        "every draw must have all of its rows",
+                        "one lacks some",
+                        "Leave tolerance and sparsify out.",
+                    )
+                )
         steps = np.zeros(0, dtype=np.int64)
         if first.behind is not None:
             steps = first.behind.steps
@@ -51,7 +66,8 @@ class DrawnRows:
 
     def mean_graph(self) -> AttributionGraph:
         """The graph of the mean rows."""
-        return self._graph(np.arange(len(self.rows)))
+        draws = len(self.rows)
+        return self._graph(np.full(draws, 1.0 / draws))
 
     def resampled(self, count: int, seed: int) -> Iterator[AttributionGraph]:
         """Graphs of the mean rows of draws that are taken at random, with repetition.
@@ -62,16 +78,19 @@ class DrawnRows:
         """
         rng = np.random.default_rng(seed)
         draws = len(self.rows)
+        size = max(draws - 1, 1)
         for _ in range(count):
-            yield self._graph(rng.integers(draws, size=max(draws - 1, 1)))
+            chosen = rng.integers(draws, size=size)
+            yield self._graph(np.bincount(chosen, minlength=draws) / size)
 
-    def _graph(self, chosen: npt.NDArray[np.int64]) -> AttributionGraph:
+    def _graph(self, weights: npt.NDArray[np.float64]) -> AttributionGraph:
+        """The graph of the weighted mean of the draws, whose weights sum to one."""
         behind = None
         if len(self.steps):
-            rows = csr_array(self.behind[chosen].mean(axis=0))
+            rows = csr_array(np.tensordot(weights, self.behind, axes=1))
             behind = RowsBehind(self.steps, rows, np.ones(len(self.steps)))
         return AttributionGraph.from_rows(
-            self.rows[chosen].mean(axis=0),
+            np.tensordot(weights, self.rows, axes=1),
             self.sources,
             self.normalization,
             behind=behind,

@@ -795,16 +795,14 @@ class AttributionGraph:
         if self.behind is None:
             return self
         steps, others, kept = self.behind
-        rows = self.rows.tolil() if issparse(self.rows) else self.rows.copy()
-        rows[steps] = others.toarray()
+        if issparse(self.rows):
+            rows = _exchanged(self.rows, steps, others)
+        else:
+            rows = self.rows.copy()
+            rows[steps] = others.toarray()
         every = self.kept.copy()
         every[steps] = kept
-        return AttributionGraph(
-            csr_array(rows) if issparse(rows) else rows,
-            self.sources,
-            self.normalization,
-            every,
-        )
+        return AttributionGraph(rows, self.sources, self.normalization, every)
 
     def best_paths(self, weights: ArrayLike, source: int | None, k: int) -> list[Path]:
         """The ``k`` heaviest paths from the weighted units to a source, exactly.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from captum_cage._captum import base_method
 from captum_cage._checks import complaint
-from captum_cage._shares import heaviest, masses, shares
+from captum_cage._shares import heaviest, masses
 from captum_cage.engines.engine import Engine, Unsuitable
 from captum_cage.engines.registry import engine_names, find_engine
 from captum_cage.frontier import Frontier
@@ -354,45 +354,76 @@ def _fill(
                 store.add(step, row)
                 bar.update()
         return
-    frontier = _frontier(store, weights, approximation)
-    if frontier is None:
-        return
+    needed = _Needed(store, weights, approximation)
     at_once = _ROWS_AT_ONCE if strategy.name == "fused" else 1
-    has_row = set(written.tolist())
-    while wanted := frontier.wanted(at_once).tolist():
-        missing = sorted(has_row.intersection(wanted).difference(store.rows))
+    while wanted := needed.steps(at_once):
+        missing = sorted(step for step in wanted if step not in store.rows)
         if missing:
             for step, row in strategy.rows(missing):
                 store.add(step, row)
                 bar.update()
-        for step in wanted:
-            # Mass that comes to a unit from outside stays there, as in a source.
-            row = store.row(step) if step in has_row else np.zeros(store.task.width)
-            frontier.add(step, row)
+        needed.add(wanted)
 
 
-def _frontier(
-    store: RowStore,
-    weights: npt.NDArray[np.float64],
-    approximation: Approximation,
-) -> Frontier | None:
-    """Which rows matter; None if none does beyond the contrastive ones."""
-    first = len(store.task.sources)
-    tolerance, hops = approximation.tolerance, approximation.hops
-    if store.starts:
-        # Their first step is done: what they lead to is explained in their place.
-        whole = np.abs(weights).sum()
-        started = weights.copy()
-        for step in store.starts:
-            started[step] = 0.0
-        for step, row in store.starts.items():
-            part, _ = shares(row, np.array([0, len(row)]), store.normalization)
-            started += weights[step] * part[first:]
-        tolerance *= whole / max(float(np.abs(started).sum()), np.finfo(float).tiny)
-        if tolerance >= 1.0:
-            return None
-        weights, hops = started, None
-    return Frontier(first, weights, store.normalization, tolerance, hops)
+class _Needed:
+    """Which rows an explanation needs, within its tolerance.
+
+    A step whose explanation starts by a contrastive row stands twice: the plain one, by
+    which mass passes, and right after it the contrastive one, which is known.
+    """
+
+    def __init__(
+        self,
+        store: RowStore,
+        weights: npt.NDArray[np.float64],
+        approximation: Approximation,
+    ) -> None:
+        self._store = store
+        self._written = set(store.task.written.tolist())
+        first, steps = len(store.task.sources), np.arange(len(weights))
+        twice = np.array(sorted(store.starts), dtype=np.int64)
+        self._place = steps + np.searchsorted(twice, steps)
+        start = self._place.copy()
+        start[twice] += 1
+        wide = np.zeros(len(weights) + len(twice))
+        wide[start] = weights
+        self._step = np.repeat(steps, np.where(np.isin(steps, twice), 2, 1))
+        self._columns = np.concatenate([np.arange(first), first + self._place])
+        self._width = first + len(wide)
+        self._frontier = Frontier(
+            first,
+            wide,
+            store.normalization,
+            approximation.tolerance,
+            approximation.hops,
+        )
+
+    def steps(self, count: int) -> list[int]:
+        """Steps whose plain rows are needed next; empty where enough is known."""
+        while wanted := self._frontier.wanted(count).tolist():
+            plain = []
+            for place in wanted:
+                step = int(self._step[place])
+                if place != self._place[step]:
+                    self._push(place, self._store.starts[step])
+                elif step in self._written:
+                    plain.append(step)
+                else:
+                    # Mass that comes to a unit from outside stays, as in a source.
+                    self._push(place, np.zeros(self._store.task.width))
+            if plain:
+                return plain
+        return []
+
+    def add(self, steps: Sequence[int]) -> None:
+        """Follow the mass along rows that are stored now."""
+        for step in steps:
+            self._push(int(self._place[step]), self._store.row(step))
+
+    def _push(self, place: int, row: npt.NDArray[np.float64]) -> None:
+        wide = np.zeros(self._width)
+        wide[self._columns] = row
+        self._frontier.add(place, wide)
 
 
 def _after(weights: npt.NDArray[np.float64]) -> int:

@@ -23,27 +23,47 @@ from captum_cage.graph import AttributionGraph, Hops, Parts, Path, RowsBehind
 
 EXACT = 1e-12
 NORMALIZATIONS = ("positive", "absolute", "signed")
-ENTRIES = st.just(0.0) | st.floats(-100, 100, allow_subnormal=False)
+PASSES = st.integers(0, 3) | st.integers(0, 8)
+ENTRIES = st.integers(-2, 5).map(float) | st.floats(-100, 100, allow_subnormal=False)
+
+
+def each(dtype, shape, elements=None):
+    """Arrays of which each entry is drawn; else one value would fill most of them."""
+    return arrays(dtype, shape, elements=elements, fill=st.nothing())
 
 
 @st.composite
-def raw_graphs(draw, entries=ENTRIES, max_units=8):
+def source_masks(draw, max_units):
+    """Masks of few sources, so that paths are long, mostly one of them in the front."""
+    size = draw(st.integers(max_units // 2, max_units) | st.integers(0, max_units))
+    sources = draw(each(np.int8, size, st.integers(0, 4))) == 0
+    sources[:1] |= draw(st.integers(0, 4)) > 0
+    return sources
+
+
+@st.composite
+def raw_graphs(draw, entries=ENTRIES, max_units=7):
     """Raw rows, a mask of sources (anywhere) and a normalisation."""
-    sources = draw(arrays(np.bool_, st.integers(0, max_units)))
+    sources = draw(source_masks(max_units))
     generated = np.flatnonzero(~sources)
     shape = (generated.size, sources.size)
-    rows = draw(arrays(np.float64, shape, elements=entries))
+    rows = draw(each(np.float64, shape, entries))
     rows[np.arange(sources.size) >= generated[:, None]] = 0.0
     return rows, sources, draw(st.sampled_from(NORMALIZATIONS))
+
+
+def weights_of(n_generated, normalization):
+    """Weights that a graph takes: negative ones, too, if it is signed."""
+    lowest = -1.0 if normalization == "signed" else 0.0
+    weight = st.integers(0, 2).map(float) | st.floats(lowest, 1, allow_subnormal=False)
+    return each(np.float64, n_generated, weight)
 
 
 @st.composite
 def weighted_graphs(draw):
     """A graph and weights that it takes."""
     graph = AttributionGraph.from_rows(*draw(raw_graphs()))
-    lowest = -1.0 if graph.normalization == "signed" else 0.0
-    weight = st.just(0.0) | st.floats(lowest, 1, allow_subnormal=False)
-    return graph, draw(arrays(np.float64, graph.n_generated, elements=weight))
+    return graph, draw(weights_of(graph.n_generated, graph.normalization))
 
 
 def slow_matrix(rows, sources, normalization):
@@ -274,7 +294,7 @@ def test_a_leaking_row_swallows_what_reaches_it():
 
 
 @settings(deadline=None)
-@given(weighted_graphs(), st.integers(0, 8))
+@given(weighted_graphs(), PASSES)
 def test_hops_enumerate_the_short_paths(given_graph, k):
     """``hops`` sums the paths with at most ``k`` generated units below the first."""
     graph, weights = given_graph
@@ -285,7 +305,7 @@ def test_hops_enumerate_the_short_paths(given_graph, k):
 
 
 @settings(deadline=None)
-@given(weighted_graphs(), st.integers(0, 8))
+@given(weighted_graphs(), PASSES)
 def test_hops_account_for_all_mass(given_graph, k):
     """Attribution, leak so far and unresolved mass add up to the weights."""
     graph, weights = given_graph
@@ -296,7 +316,7 @@ def test_hops_account_for_all_mass(given_graph, k):
 
 
 @settings(deadline=None)
-@given(weighted_graphs(), st.integers(0, 8))
+@given(weighted_graphs(), PASSES)
 def test_unresolved_bounds_the_error_of_hops(given_graph, k):
     """The full answer is within ``unresolved``; nowhere below unless signed."""
     graph, weights = given_graph
@@ -856,7 +876,7 @@ def masses(row, normalization):
 @st.composite
 def thinned(draw, rows, normalization):
     """Raw rows of which some entries and whole rows are missing, and what they kept."""
-    thin = np.where(draw(arrays(np.bool_, rows.shape)), rows, 0.0)
+    thin = np.where(draw(each(np.bool_, rows.shape)), rows, 0.0)
     kept = np.ones(len(rows))
     for row, complete in enumerate(rows):
         total = math.fsum(masses(complete, normalization))
@@ -878,10 +898,8 @@ def thinned_graphs(draw):
     thin, kept = draw(thinned(rows, normalization))
     complete = AttributionGraph.from_rows(rows, sources, normalization)
     graph = AttributionGraph.from_rows(thin, sources, normalization, kept=kept)
-    lowest = -1.0 if normalization == "signed" else 0.0
-    weight = st.just(0.0) | st.floats(lowest, 1, allow_subnormal=False)
-    weights = draw(arrays(np.float64, len(rows), elements=weight))
-    return complete, graph, weights, draw(st.none() | st.integers(0, 8))
+    weights = draw(weights_of(len(rows), normalization))
+    return complete, graph, weights, draw(st.none() | PASSES)
 
 
 def answer(graph, weights, hops):
@@ -949,7 +967,7 @@ def test_unresolved_is_the_left_out_mass_of_paths(graphs):
 
 
 @settings(deadline=None)
-@given(thinned_graphs(), st.integers(0, 8))
+@given(thinned_graphs(), PASSES)
 def test_cut_marginals_are_the_hops_of_each_row(graphs, hops):
     """Row ``t`` of the cut series is the cut answer for unit ``t`` alone."""
     _, graph, _, _ = graphs
@@ -1270,12 +1288,7 @@ def test_a_long_graph_never_needs_a_dense_array():
 # --- positive and negative mass, shares through units, rows behind -------------------
 
 # No product of these is below the smallest float.
-APART = st.integers(-9, 9).map(float) | st.floats(0.001, 10) | st.floats(-10, -0.001)
-
-
-def each(dtype, shape, elements=None):
-    """Arrays of which each entry is drawn, so that few of them are filled with one."""
-    return arrays(dtype, shape, elements=elements, fill=st.nothing())
+APART = st.integers(-5, 9).map(float) | st.floats(0.001, 10)
 
 
 @dataclasses.dataclass
@@ -1338,13 +1351,13 @@ def share_matrix(rows, sources, normalization, kept):
 @st.composite
 def cases(draw, complete=False):
     """Graphs in which some rows, of which some is missing, have others behind them."""
-    sources = draw(st.integers(0, 7).flatmap(lambda n: each(np.bool_, n)))
+    sources = draw(source_masks(7))
     own = np.flatnonzero(~sources)
     rows, plain = draw(each(np.float64, (2, own.size, sources.size), APART))
     normalization = draw(st.sampled_from(NORMALIZATIONS))
     for raw in (rows, plain):
         raw[np.arange(sources.size) >= own[:, None]] = 0.0
-        raw[draw(each(np.int8, own.size, st.integers(0, 3))) == 0] = 0.0
+        raw[draw(each(np.int8, own.size, st.integers(0, 9))) == 0] = 0.0
     differ = draw(each(np.bool_, own.size))
     plain = np.where(differ[:, None], plain, rows)
     whole = AttributionGraph.from_rows(
@@ -1355,7 +1368,7 @@ def cases(draw, complete=False):
     )
     kept = plain_kept = np.ones(own.size)
     graph = whole
-    if not complete:
+    if not complete and draw(st.booleans()):
         rows, kept = draw(thinned(rows, normalization))
         plain, plain_kept = draw(thinned(plain, normalization))
         plain = np.where(differ[:, None], plain, rows)
@@ -1379,7 +1392,7 @@ def cases(draw, complete=False):
         plain_kept,
         differ,
         draw(each(np.float64, own.size, weight)),
-        draw(st.none() | st.integers(0, 4)),
+        draw(st.none() | PASSES),
     )
 
 
@@ -1653,6 +1666,16 @@ def test_share_through_counts_a_path_once_and_leaks_behind_a_visit():
     assert graph.share_through([0, 0, 1], []) == 0.0
 
 
+def test_share_through_never_exceeds_one():
+    """What is explained ends in the sources wholly, however it is rounded."""
+    for seed in range(50):
+        random = np.random.default_rng(seed)
+        graph = AttributionGraph.from_rows(np.tril(random.random((9, 20)), 10), 11)
+        share = graph.share_through(random.random(9), range(11))
+        assert share == pytest.approx(1.0, abs=EXACT)
+        assert share <= 1.0
+
+
 def test_share_through_of_signed_mass_does_not_cancel():
     """Two paths of opposite sign are two paths; their sum is nothing."""
     rows = [[1, 0, 0, 0], [-1, 0, 0, 0], [0, 1, 1, 0]]
@@ -1739,6 +1762,26 @@ def test_a_row_behind_that_equals_an_incomplete_row_is_that_row():
     named = AttributionGraph.from_rows(rows, 2, kept=[0.5, 0], behind={0: rows[0]})
     assert named.left_out_behind.tolist() == [0.0, 1.0]
     assert named.left_out.tolist() == [0.5, 1.0]
+
+
+@settings(deadline=None)
+@given(cases(), st.booleans())
+def test_without_behind_the_rows_behind_hold_everywhere(case, sparse):
+    """It is the graph of these rows alone, with what they kept."""
+    graph = case.graph
+    if sparse:
+        graph = dataclasses.replace(graph, rows=sp.csr_array(graph.rows))
+    plain = graph.without_behind()
+    assert plain.behind is None
+    assert (plain is graph) == (graph.behind is None)
+    assert sp.issparse(plain.rows) == sparse
+    rows = plain.rows.toarray() if sparse else plain.rows
+    assert_array_equal(rows, case.plain)
+    assert_array_equal(plain.kept, case.plain_kept)
+    assert_array_equal(plain.matrix.toarray(), graph.matrix.toarray())
+    assert_array_equal(plain.leak, graph.leak_behind)
+    assert plain.normalization == graph.normalization
+    assert_array_equal(plain.sources, graph.sources)
 
 
 def test_none_is_a_row_behind_that_was_not_computed():

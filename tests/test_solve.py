@@ -25,7 +25,7 @@ def blocks(draw):
     n_sources = draw(st.integers(0, 4))
     shape = (n_generated, n_sources + n_generated)
     entry = st.just(0.0) | st.floats(-1, 1, allow_subnormal=False)
-    rows = draw(arrays(np.float64, shape, elements=entry))
+    rows = draw(arrays(np.float64, shape, elements=entry, fill=st.nothing()))
     rows = np.tril(rows, n_sources - 1)
     rows /= np.maximum(np.abs(rows).sum(axis=1, keepdims=True), 1.0)
     return rows[:, :n_sources], rows[:, n_sources:]
@@ -230,8 +230,10 @@ DYADIC = st.sampled_from([0.0, 0.0, 0.25, 0.5, 1.0, -0.25, -0.5])
 def dyadic_graphs(draw):
     """A lower triangular matrix of dyadic edges, starting weights and targets."""
     n_units = draw(st.integers(1, 7))
-    targets = draw(arrays(np.bool_, n_units))
-    edges = np.tril(draw(arrays(np.float64, (n_units, n_units), elements=DYADIC)), -1)
+    targets = draw(arrays(np.bool_, n_units, fill=st.nothing()))
+    shape = n_units, n_units
+    edges = draw(arrays(np.float64, shape, elements=DYADIC, fill=st.nothing()))
+    edges = np.tril(edges, -1)
     edges[targets] = 0.0
     edges[np.diag_indices(n_units)] = targets
     starts = draw(arrays(np.float64, n_units, elements=DYADIC))
