@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,23 +14,26 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from captum_cage._captum import base_method
+from captum_cage._captum import LLMAttributionObject, base_method
 from captum_cage._checks import complaint, shown, whole_number
 from captum_cage.foils import Foil
 from captum_cage.inputs import token_ids
 from captum_cage.methods.capability import Capability
 from captum_cage.methods.catalogue import capability_of
 from captum_cage.rows import check_task
+from captum_cage.scoring import check_sequence
 from captum_cage.spans import find_span
 from captum_cage.strategy import Strategy, StrategyName
 from captum_cage.task import RowTask
-from captum_cage.text import decode, read_tokens
+from captum_cage.text import Span, decode, read_tokens
 from captum_cage.units import FIXED, Unit, Units
 
 __all__ = ["Contrast", "Foils", "contrast_row", "contrasts", "tokens_of"]
 
 # Tokens in whose context the text of a foil is read.
 _CONTEXT = 8
+# Texts after which a tokenizer encodes what goes on without a space.
+_LEADS = ("\n", "a")
 
 FoilText: TypeAlias = int | str | Sequence[int] | Tensor
 Foils: TypeAlias = Mapping[Any, FoilText]
@@ -68,13 +72,21 @@ def tokens_of(task: RowTask, key: Any, where: str) -> tuple[int, int]:
 
     Raises:
         TypeError: if it is neither.
-        ValueError: if there is no such unit or text.
+        ValueError: if there is no such unit or text, or the text reaches beyond what
+            the model wrote at once.
     """
+    return _place(task, key, where)[0]
+
+
+def _place(task: RowTask, key: Any, where: str) -> tuple[tuple[int, int], Span]:
+    """The tokens that a position or a text means, and its visible characters."""
+    text = task.generated_text.text
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         count = len(task.written)
         remedy = f"There are {count} generated units."
         place = whole_number(where, key, minimum=-count, stop=count, remedy=remedy)
-        return task.range_of(int(task.written[place]))
+        start, stop = task.range_of(int(task.written[place]))
+        return (start, stop), _visible(text, _characters(task, start, stop))
     if not isinstance(key, str) and not hasattr(key, "finditer"):
         raise TypeError(
             complaint(
@@ -85,8 +97,7 @@ def tokens_of(task: RowTask, key: Any, where: str) -> tuple[int, int]:
             )
         )
     steps = [task.steps.units[step] for step in task.written]
-    text = task.generated_text.text
-    span = find_span(key, text, steps)
+    span = _visible(text, find_span(key, text, steps))
     written = np.isin(task.steps.groups, task.written)
     chosen = [
         token
@@ -102,7 +113,31 @@ def tokens_of(task: RowTask, key: Any, where: str) -> tuple[int, int]:
                 "Pass a text that the model wrote.",
             )
         )
-    return chosen[0], chosen[-1] + 1
+    start, stop = chosen[0], chosen[-1] + 1
+    if not written[start:stop].all():
+        raise ValueError(
+            complaint(
+                where,
+                "a text must be what the model wrote at once",
+                f"{text[slice(*span)]!r} came, part of which is from outside",
+                "Pass a text of one turn.",
+            )
+        )
+    return (start, stop), span
+
+
+def _characters(task: RowTask, start: int, stop: int) -> Span:
+    """Range of generated tokens in the generated text."""
+    offsets = task.generated_text.offsets
+    return offsets[start][0], offsets[stop - 1][1]
+
+
+def _visible(text: str, span: Span) -> Span:
+    """A range without the white space around it; all of it where it is nothing else."""
+    inside = text[slice(*span)]
+    if not inside.strip():
+        return span
+    return span[1] - len(inside.lstrip()), span[0] + len(inside.rstrip())
 
 
 def contrasts(task: RowTask, foils: Any) -> tuple[Contrast, ...]:
@@ -137,6 +172,8 @@ def contrasts(task: RowTask, foils: Any) -> tuple[Contrast, ...]:
                     "Ask twice, or use smaller units.",
                 )
             )
+    for one in found:
+        check_task(_ending_with(task, one, one.ids))
     return tuple(found)
 
 
@@ -162,8 +199,8 @@ def _declared(task: RowTask) -> Capability | None:
 
 
 def _contrast(task: RowTask, key: Any, foil: Any) -> Contrast:
-    start, stop = tokens_of(task, key, "foil")
-    ids = _foil_ids(task, start, foil)
+    (start, stop), span = _place(task, key, "foil")
+    ids = _foil_ids(task, (start, stop), span, foil)
     target = list(task.generated[start:stop])
     if ids == target:
         raise ValueError(
@@ -179,9 +216,8 @@ def _contrast(task: RowTask, key: Any, foil: Any) -> Contrast:
         same += 1
     start += same
     step = int(task.steps.groups[start])
-    text = task.generated_text
     unit = int(np.searchsorted(task.written, step))
-    written = text.text[text.offsets[start][0] : text.offsets[stop - 1][1]]
+    written = task.generated_text.text[slice(*_characters(task, start, stop))]
     shown_foil = _read(task, start, ids[same:])
     return Contrast(
         step, start, stop, tuple(ids[same:]), Foil(unit, written, shown_foil)
@@ -195,9 +231,10 @@ def _read(task: RowTask, start: int, ids: Sequence[int]) -> str:
     return text.split(len(before))[1].text
 
 
-def _foil_ids(task: RowTask, start: int, foil: Any) -> list[int]:
-    """Ids of a foil; a text gets the white space that was written there."""
-    tokenizer = task.llm_attr.tokenizer
+def _foil_ids(
+    task: RowTask, tokens: tuple[int, int], span: Span, foil: Any
+) -> list[int]:
+    """Ids of a foil in the place of some tokens, or, as a text, of some characters."""
     if isinstance(foil, str):
         if not foil.strip():
             raise ValueError(
@@ -208,25 +245,43 @@ def _foil_ids(task: RowTask, start: int, foil: Any) -> list[int]:
                     "Pass what might stand there.",
                 )
             )
-        begin, end = task.generated_text.offsets[start]
-        written = task.generated_text.text[begin:end]
-        space = written[: len(written) - len(written.lstrip())]
-        wanted = foil if foil[0].isspace() else space + foil
-        encoded = [
-            token_ids("foil", tokenizer.encode(text, add_special_tokens=False))
-            for text in (wanted, wanted.lstrip())
-        ]
-        # Some tokenizers put a space in front of every text.
-        for ids in encoded:
-            if ids and _read(task, start, ids) == wanted:
-                return ids
-        return encoded[0]
-    if isinstance(foil, int | np.integer) and not isinstance(foil, bool):
-        foil = [int(foil)]
-    ids = token_ids("foil", foil)
+        text = task.generated_text.text
+        begin, end = _characters(task, *tokens)
+        before, after = text[begin : span[0]], text[span[1] : end]
+        # The white space that was written stays, unless the foil has its own.
+        if foil[0].isspace() and not before.strip():
+            before = ""
+        if foil[-1].isspace() and not after.strip():
+            after = ""
+        ids = _encoded(task, tokens[0], before + foil + after)
+    elif isinstance(foil, int | np.integer) and not isinstance(foil, bool):
+        ids = [int(foil)]
+    else:
+        ids = token_ids("foil", foil)
     if not ids:
         raise ValueError("foil: must have a token, but it is empty. Pass some ids.")
+    try:
+        whole = [*task.generated[: tokens[0]], *ids]
+        check_sequence(task.llm_attr, task.prompt.ids, whole)
+    except ValueError as error:
+        raise ValueError(f"foil: cannot stand after this text. {error}") from error
     return ids
+
+
+def _encoded(task: RowTask, start: int, wanted: str) -> list[int]:
+    """Ids that read as a text in its place; else as the tokenizer has it alone."""
+    tokenizer = task.llm_attr.tokenizer
+
+    def encoded(text: str) -> list[int]:
+        return token_ids("foil", tokenizer.encode(text, add_special_tokens=False))
+
+    found = [encoded(wanted)]
+    for lead in _LEADS:  # as some tokenizers put a space in front of every text
+        first, both = encoded(lead), encoded(lead + wanted)
+        if both[: len(first)] == first:
+            found.append(both[len(first) :])
+    fitting = (ids for ids in found if ids and _read(task, start, ids) == wanted)
+    return next(fitting, found[0])
 
 
 def contrast_row(
@@ -256,6 +311,8 @@ def contrast_row(
     declared = _declared(task)
     is_unit = task.range_of(contrast.step) == (contrast.start, contrast.stop)
     is_random = declared is None or declared.random
+    # Baselines that are a function are drawn at every evaluation.
+    is_random |= callable(getattr(task.prompt.inp, "baselines", None))
     written = task.generated[contrast.start : contrast.stop]
 
     def row(ids: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -267,21 +324,23 @@ def contrast_row(
 
     if plain is not None and is_unit and not is_random:
         return plain - row(contrast.ids)
-    with _same_draws():
+    with _same_draws(task.llm_attr):
         target = row(written)
     return target - row(contrast.ids)
 
 
 @contextmanager
-def _same_draws() -> Iterator[None]:
+def _same_draws(llm_attr: LLMAttributionObject) -> Iterator[None]:
     """Random numbers that are drawn inside are drawn once more afterwards."""
-    of_torch = torch.get_rng_state()
-    of_numpy = np.random.get_state()  # noqa: NPY002  # which Captum's methods use
-    try:
-        yield
-    finally:
-        torch.set_rng_state(of_torch)
-        np.random.set_state(of_numpy)  # noqa: NPY002
+    device = torch.device(llm_attr.device)
+    # Captum's methods use NumPy's, its baselines Python's.
+    of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        try:
+            yield
+        finally:
+            np.random.set_state(of_numpy)  # noqa: NPY002
+            random.setstate(of_python)
 
 
 def _ending_with(task: RowTask, contrast: Contrast, ids: Sequence[int]) -> RowTask:
@@ -291,7 +350,7 @@ def _ending_with(task: RowTask, contrast: Contrast, ids: Sequence[int]) -> RowTa
     groups = np.concatenate([groups, np.full(len(ids), contrast.step)])
     last = Unit(decode(ids, task.llm_attr.tokenizer), True, None)
     generated = (*task.generated[: contrast.start], *ids)
-    shorter = replace(
+    return replace(
         task,
         generated=generated,
         generated_text=read_tokens(generated, task.llm_attr.tokenizer),
@@ -299,5 +358,3 @@ def _ending_with(task: RowTask, contrast: Contrast, ids: Sequence[int]) -> RowTa
         kept={},
         show_progress=False,
     )
-    check_task(shorter)
-    return shorter

@@ -5,21 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from captum_cage._captum import argument
+from captum_cage._captum import argument, draws_fair_coins
+from captum_cage.causal import CausalModel
+from captum_cage.contrast import Contrast
 from captum_cage.engines.registry import find_engine
 from captum_cage.methods.catalogue import capability_of
 from captum_cage.task import RowTask
 
 __all__ = ["Counted", "count_sequences", "most_sequences"]
 
-# Passes that an engine makes besides: the plain text, and two that verify the model.
+# Passes besides: the plain text, read by an engine in its own way and for the scores.
 _ASIDE = 4
 
 
@@ -80,24 +82,36 @@ def _inner(model: Any) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class _Work:
-    """What the number of sequences depends on.
+    """Rows that are computed together, and what their number of sequences depends on.
 
     Attributes:
         task (RowTask): what is explained.
         before (tuple[int, ...]): units before each generated unit.
         tokens (tuple[int, ...]): tokens of each generated unit.
+        calls (int): times that an engine is asked for some of them.
     """
 
     task: RowTask
-    before: tuple[int, ...] = field(init=False)
-    tokens: tuple[int, ...] = field(init=False)
+    before: tuple[int, ...]
+    tokens: tuple[int, ...]
+    calls: int = 1
 
-    def __post_init__(self) -> None:
-        first = len(self.task.sources)
-        written = self.task.written.tolist()
-        ranges = [self.task.range_of(step) for step in written]
-        object.__setattr__(self, "before", tuple(first + step for step in written))
-        object.__setattr__(self, "tokens", tuple(b - a for a, b in ranges))
+    @classmethod
+    def of(cls, task: RowTask, tolerance: float) -> _Work:
+        """All rows of a task."""
+        steps = task.written.tolist()
+        before = tuple(len(task.sources) + step for step in steps)
+        tokens = tuple(len(task.steps.members(step)) for step in steps)
+        # Where rows may be left out, they are computed as they turn out to matter.
+        return cls(task, before, tokens, len(steps) if tolerance > 0.0 else 1)
+
+    def ending_with(self, step: int, tokens: int, alone: bool) -> _Work:
+        """The row of a step that has other tokens, with or without those before it."""
+        unit = len(self.task.sources) + step
+        earlier = 0 if alone else self.before.index(unit)
+        return _Work(
+            self.task, (*self.before[:earlier], unit), (*self.tokens[:earlier], tokens)
+        )
 
     @property
     def units(self) -> int:
@@ -108,6 +122,13 @@ class _Work:
     def pieces(self) -> tuple[int, ...]:
         """Calls of the loop for each unit."""
         return self.tokens if self.task.by_token else (1,) * len(self.tokens)
+
+    @property
+    def baselines(self) -> int:
+        """Number of baselines that a gradient method is given, at least one."""
+        given = self.task.kwargs.get("baselines")
+        several = isinstance(given, torch.Tensor) and given.dim() > 1
+        return len(given) if several else 1  # type: ignore[arg-type]
 
     def option(self, name: str) -> int:
         """A number that the base method takes, or its default."""
@@ -126,13 +147,17 @@ class _Work:
             plan = method.plan(self.task.kwargs)
             free = plan.free(self.units)
             counts = [int(np.searchsorted(free, before)) for before in self.before]
-            _, numbers = plan.absent_sets([count for count in counts if count])
+            with_units = [count for count in counts if count]
+            _, numbers = plan.absent_sets(with_units) if with_units else ([], [])
             return sum(len(one) for one in numbers)
         finally:
             torch.set_rng_state(state)
 
 
 Formula = Callable[[_Work], int]
+
+
+# --- engines, without the passes that each makes besides -----------------------------
 
 
 def _by_unit(work: _Work) -> int:
@@ -144,12 +169,16 @@ def _sampled(work: _Work) -> int:
     return work.option("n_samples") * (work.units + 1 + rows)
 
 
-def _shared_samples(work: _Work) -> int:
-    return (work.option("n_samples") + 1) * (1 + len(work.long_rows()))
+def _regression(work: _Work) -> int:
+    """Samples that all rows share, where they can; a long row has more of its own."""
+    rows = len(work.before)
+    if draws_fair_coins(work.task.llm_attr):
+        rows = 1 + len(work.long_rows())
+    return work.option("n_samples") * rows
 
 
-def _samples_per_row(work: _Work) -> int:
-    return (work.option("n_samples") + 3) * 2 * len(work.before)
+def _own_samples(work: _Work) -> int:
+    return work.option("n_samples") * len(work.before)
 
 
 def _context_lengths(work: _Work) -> int:
@@ -161,28 +190,38 @@ def _one(_: _Work) -> int:
     return 1
 
 
-def _points(name: str | None) -> Formula:
-    """Of a gradient engine: each target has at most two passes at each point."""
+def _gradients(name: str | None, by_token: bool = False) -> Formula:
+    """Of a gradient engine: at each point, three sequences for each target at most.
+
+    Segments and copies share out the targets: ``(parts + 1) * copies`` sequences, and
+    copies are fewer than twice the targets of a part.
+    """
 
     def formula(work: _Work) -> int:
         points = 1 if name is None else work.option(name)
-        return points * (2 * sum(work.tokens) + 2)
+        dtype = CausalModel(work.task.llm_attr.model).dtype
+        each = by_token or dtype == torch.float64
+        targets = sum(work.tokens) if each else len(work.tokens)
+        return 3 * points * targets + work.calls * (4 + work.baselines)
 
     return formula
 
 
-# Sequences of an engine, without those that it makes besides.
+def _sets(work: _Work) -> int:
+    return work.drawn_sets()
+
+
 _ENGINES: dict[str, Formula] = {
     "ablation": _by_unit,
     "shapley-sampling": _sampled,
     "shapley": lambda work: 2**work.units,
-    "lime": _shared_samples,
-    "kernel-shap": _samples_per_row,
-    "integrated-gradients": _points("n_steps"),
-    "gradient-x-activation": _points(None),
+    "lime": _regression,
+    "kernel-shap": _own_samples,
+    "integrated-gradients": _gradients("n_steps"),
+    "gradient-x-activation": _gradients(None),
     "ifr": _one,
-    "attnlrp": _points(None),
-    "attention-x-ig": _points("n_steps"),
+    "attnlrp": _gradients(None),
+    "attention-x-ig": _gradients("n_steps", by_token=True),
     "attention-rollout": _one,
     "value-weighted-attention": _one,
     "mean-attention": _one,
@@ -190,11 +229,14 @@ _ENGINES: dict[str, Formula] = {
     "clp-cage": _by_unit,
     "one-shot-reagent": _by_unit,
     "attention-suppression": _by_unit,
-    "c-lime": lambda work: 2 * work.drawn_sets(),
-    "l-shap": lambda work: 2 * work.drawn_sets(),
-    "context-cite": lambda work: 2 * work.drawn_sets(),
-    "gradient-shap": _points("n_samples"),
+    "c-lime": _sets,
+    "l-shap": _sets,
+    "context-cite": _sets,
+    "gradient-shap": _gradients("n_samples"),
 }
+
+
+# --- the loop ------------------------------------------------------------------------
 
 
 def _each_unit(work: _Work) -> int:
@@ -212,14 +254,25 @@ def _each(name: str) -> Formula:
     return formula
 
 
-def _each_token(name: str | None) -> Formula:
-    """As many passes per token as an argument says, and a few."""
+def _each_token(name: str | None, more: int = 1) -> Formula:
+    """As many passes per token as an argument says, or one, and some more."""
 
     def formula(work: _Work) -> int:
         points = 1 if name is None else work.option(name)
-        return sum(work.tokens) * (2 * points + 3)
+        return sum(work.tokens) * (points + more)
 
     return formula
+
+
+def _each_point_twice(work: _Work) -> int:
+    """Each pass is made again by a model that changes logits after its last layer."""
+    points = work.option("n_samples") + work.baselines + 1
+    return 2 * sum(work.tokens) * points
+
+
+def _each_step_twice(work: _Work) -> int:
+    """A pass with units replaced, one with the others, and the plain one."""
+    return sum(work.tokens) * (2 * work.option("max_steps") + 2)
 
 
 def _each_sample(work: _Work) -> int:
@@ -237,46 +290,54 @@ def _each_set(work: _Work) -> int:
     return (work.drawn_sets() + 3 * len(work.before)) * max(work.pieces)
 
 
-# Sequences of the loop.
 _LOOPS: dict[str, Formula] = {
     "ablation": _each_unit,
     "shapley-sampling": _each_sample,
     "shapley": _each_order,
     "lime": _each("n_samples"),
     "kernel-shap": _each("n_samples"),
-    "integrated-gradients": _each_token("n_steps"),
+    "integrated-gradients": _each_token("n_steps", 3),
     "gradient-x-activation": _each_token(None),
     "ifr": _each_token(None),
     "attnlrp": _each_token(None),
-    "attention-x-ig": _each_token("n_steps"),
+    "attention-x-ig": _each_token("n_steps", 4),
     "attention-rollout": _each_token(None),
     "value-weighted-attention": _each_token(None),
     "mean-attention": _each_token(None),
     "clp": _each_unit,
     "clp-cage": _each_unit,
     "one-shot-reagent": _each_unit,
-    "reagent": _each_token("max_steps"),
+    "reagent": _each_step_twice,
     "attention-suppression": _each_unit,
     "c-lime": _each_set,
     "l-shap": _each_set,
     "context-cite": _each_set,
-    "gradient-shap": _each_token("n_samples"),
+    "gradient-shap": _each_point_twice,
 }
 
 
 def most_sequences(
-    task: RowTask, strategy: str, *, draws: int = 1, contrasts: Sequence[Any] = ()
+    task: RowTask,
+    strategy: str,
+    *,
+    draws: int = 1,
+    contrasts: Sequence[Contrast] = (),
+    tolerance: float = 0.0,
 ) -> int | None:
     """Most sequences that the model is given for all rows.
 
-    A bound by counting, not a guess. For engines it holds where the model suits them;
-    one that turns out not to is asked by the loop, which ``strategy="loop"`` counts.
+    A bound by counting, not a guess, for a model that was asked in this way before:
+    the passes by which it was found out are not made again. For engines it holds where
+    the model suits them and no pass runs out of memory; a model that turned out not to
+    suit is asked by the loop, which ``strategy="loop"`` counts.
 
     Args:
         task (RowTask): what is explained.
         strategy (str): how rows are computed, as in ``attribute``.
         draws (int, optional): how often rows are drawn. Default: ``1``
-        contrasts (Sequence, optional): contrastive rows. Default: ``()``
+        contrasts (Sequence[Contrast], optional): contrastive rows. Default: ``()``
+        tolerance (float, optional): share of the explained mass that rows may hold that
+            are left out. Default: ``0.0``
 
     Returns:
         int or None: None for a base method that is not listed.
@@ -287,7 +348,12 @@ def most_sequences(
     formula = table.get("" if declared is None else declared.name)
     if formula is None:
         return None
+    work = _Work.of(task, tolerance)
+    # A contrastive row is two rows after the same text.
+    asked = [work] + [
+        work.ending_with(contrast.step, tokens, engine is None)
+        for contrast in contrasts
+        for tokens in (contrast.stop - contrast.start, len(contrast.ids))
+    ]
     trials = int(task.kwargs.get("num_trials", 1))
-    once = formula(_Work(task)) * trials + _ASIDE
-    # A contrastive row is two rows after the same text, each a task of its own.
-    return draws * once * (1 + 2 * len(contrasts))
+    return draws * sum(formula(one) * trials + _ASIDE for one in asked)

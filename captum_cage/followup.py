@@ -19,7 +19,7 @@ from captum_cage.result import GraphAttributionResult
 from captum_cage.scoring import held, next_token_probabilities
 from captum_cage.strategy import Approximation, Strategy, StrategyName
 from captum_cage.task import RowTask
-from captum_cage.text import TokenText, read_tokens
+from captum_cage.text import TokenText, read_tokens, special_ids
 from captum_cage.units import FIXED, Granularity, Unit, Units, group_tokens, split_units
 
 __all__ = ["Followup", "Question"]
@@ -135,7 +135,7 @@ class Followup:
             "estimated_sequences": most,
             "sequences": counted.sequences,
         }
-        logger.info("refining took %d sequences", counted.sequences)
+        logger.info("refining took %s sequences", counted.sequences)
         return refined
 
     def refine_cost(
@@ -155,6 +155,7 @@ class Followup:
             "loop" if result.meta["strategy"] == "loop" else question.strategy,
             draws=question.draws,
             contrasts=question.contrasts,
+            tolerance=question.approximation.tolerance,
         )
 
     def _refined(
@@ -163,7 +164,7 @@ class Followup:
         count = whole_number("top", top, minimum=1, remedy="Pass how many to split.")
         one_of("side", side, SIDES)
         finer = split_units(to)
-        if finer["both"] is not None or isinstance(finer["source"], list):
+        if any(isinstance(units, list) for units in finer.values()):
             raise ValueError(
                 complaint(
                     "to",
@@ -185,7 +186,7 @@ class Followup:
                 complaint(
                     "to",
                     "must divide a unit that has mass",
-                    f"{to if isinstance(to, str) else 'a function'!r} divides none",
+                    f"{'a function' if callable(to) else repr(to)} divides none",
                     "Pass smaller units, or another side.",
                 )
             )
@@ -252,8 +253,13 @@ class Followup:
             if task.prompt.feature_of_token is None:
                 return None
             units, place, text = task.sources, unit, task.prompt.text
+            breaks = task.prompt.breaks
         else:
             units, place, text = task.steps, unit - first, task.generated_text
+            trace = task.prompt.continuation
+            breaks = task.thinking.breaks
+            if trace is not None:
+                breaks = (*trace.all_breaks, *breaks)
         whole = units.units[place]
         members = units.members(place)
         tokens = np.arange(members[0], members[-1] + 1)
@@ -266,22 +272,19 @@ class Followup:
                 for a, b in (text.offsets[token] for token in tokens)
             ),
         )
+        ids = np.array(task.prompt.ids if unit < first else task.generated)[tokens]
         found = group_tokens(
             inside,
             finer["generated" if whole.generated else "source"],
             generated=whole.generated,
             attributed=np.isin(tokens, members),
+            special=np.isin(ids, list(special_ids(task.llm_attr.tokenizer))),
+            breaks=[end - start for end in breaks if start < end < stop],
         )
         parts = [
-            Unit(
-                part.text,
-                whole.generated,
-                None
-                if part.span is None
-                else (part.span[0] + start, part.span[1] + start),
-                whole.special,
-            )
+            replace(part, span=(part.span[0] + start, part.span[1] + start))
             for part in found.units
+            if part.span is not None
         ]
         return parts, found.groups[np.isin(tokens, members)]
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,18 +12,21 @@ from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.sparse import issparse
 
 from captum_cage._captum import family
 from captum_cage._checks import complaint, one_of, shown, whole_number
 from captum_cage.contrast import Contrast
+from captum_cage.graph import AttributionGraph
 from captum_cage.methods.catalogue import capability_of
 from captum_cage.result import GraphAttributionResult
-from captum_cage.scoring import continued_ids, scores_after
+from captum_cage.scoring import context_length, continued_ids, scores_after
 from captum_cage.solve import Path
 from captum_cage.task import RowTask, generated_units
-from captum_cage.text import decode
-from captum_cage.units import NAMED
+from captum_cage.text import decode, special_ids
+from captum_cage.units import NAMED, group_tokens
 
 __all__ = ["PathCheck", "Removal", "verify_path"]
 
@@ -35,6 +39,8 @@ _IN_NATS = {
 }
 # Change of a log-probability, in nats, that counts as none.
 _NOTHING = 0.01
+# Standard errors that the mean of what is nothing exceeds once in twenty times.
+_CHANCE = 1.645
 _SPARE = 8  # tokens that a new step may have beyond twice those of the old one
 
 
@@ -47,7 +53,9 @@ class PathCheck:
     step is written again after it, and so on. What is measured is the change of the
     explained unit's log-probability when the last of these new steps stands before it.
     Each is compared with the same made without taking anything away, so that writing
-    again counts for nothing.
+    again counts for nothing. A new step ends where a unit of its kind does; no later
+    than the model's context allows, and has at most twice the tokens of the old one
+    and a few. Units of your own have as many tokens as before.
 
     Attributes:
         units (tuple[int, ...]): the path, from the explained unit to the source.
@@ -57,7 +65,10 @@ class PathCheck:
             the generated text stays fixed: that shows nothing that goes through it.
         removal (str): how the source was taken away.
         predicted (float): the change, in nats, that the graph predicts by propagating
-            linearly: the share of the path times the explained unit's row.
+            linearly: the explained unit's raw attribution of the unit before it, times
+            the shares of the path from there on. For a base method whose rows are no
+            log-probabilities: the path's share of what the log-probability loses when
+            all units are taken away. Zero for what the graph leaves out.
         changes (tuple[float, ...]): measured change of each sample, in nats; positive
             where the source made the explained unit likelier.
         steps (tuple[tuple[str, ...], ...]): for each sample, the new steps from the
@@ -99,12 +110,14 @@ class PathCheck:
         """Whether the path is real.
 
         The change has the predicted sign, is more than nothing (0.01 nats) and at least
-        ``least`` of what was predicted.
+        ``least`` of what was predicted. That of several samples is also more than
+        chance: as steps are written again, one of them may turn out otherwise whatever
+        is taken away.
         """
-        sign = np.sign(self.predicted)
-        measured = sign * self.measured
-        return bool(
-            measured > _NOTHING and measured >= self.least * abs(self.predicted)
+        measured = float(np.sign(self.predicted)) * self.measured
+        chance = _CHANCE * self.standard_error if len(self.changes) > 1 else 0.0
+        return measured > max(_NOTHING, chance) and (
+            measured >= self.least * abs(self.predicted)
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -112,13 +125,17 @@ class PathCheck:
         error = self.standard_error
         return {
             "units": list(self.units),
+            "texts": list(self.texts),
             "kind": self.kind,
             "removal": self.removal,
             "holds": self.holds,
+            "least": self.least,
             "predicted": self.predicted,
             "measured": self.measured,
             "standard_error": None if math.isnan(error) else error,
+            "changes": list(self.changes),
             "steps": [list(texts) for texts in self.steps],
+            "answer": self.answer,
             "answers": list(self.answers),
             "changed": self.changed,
         }
@@ -198,17 +215,18 @@ def verify_path(
     way = _way(result, path)
     if count > 1 and temperature is None:
         temperature = 1.0
-    plain = _Intervention(task, way, units, None, "baseline", temperature)
-    without = _Intervention(task, way, units, way[-1], removal, temperature)
     contrast = next(
         (c for c in contrasts if len(task.sources) + c.step == way[0]), None
     )
+    kinds = _kinds(task, [unit - len(task.sources) for unit in way[:-1]], units)
+    plain = _Intervention(task, way, kinds, contrast, None, removal, temperature)
+    without = _Intervention(task, way, kinds, contrast, way[-1], removal, temperature)
     changes, steps, answers, changed = [], [], [], []
     for sample in range(count):
         with _seeded(first_seed + sample):
-            control = plain.run(contrast)
+            control = plain.run()
         with _seeded(first_seed + sample):
-            found = without.run(contrast)
+            found = without.run()
         changes.append(control.score - found.score)
         steps.append(found.steps)
         answers.append(found.answer)
@@ -219,7 +237,7 @@ def verify_path(
         texts=tuple(result.units[unit].text for unit in way),
         kind="direct" if len(way) == 2 else "through generated text",
         removal=removal,
-        predicted=_predicted(task, result, way),
+        predicted=_predicted(task, result.graph, way, contrast),
         changes=tuple(changes),
         steps=tuple(steps),
         answers=tuple(answers),
@@ -281,41 +299,103 @@ def _way(result: GraphAttributionResult, path: Any) -> tuple[int, ...]:
 
 
 def _predicted(
-    task: RowTask, result: GraphAttributionResult, way: tuple[int, ...]
+    task: RowTask,
+    graph: AttributionGraph,
+    way: tuple[int, ...],
+    contrast: Contrast | None,
 ) -> float:
-    """Change of the explained unit's log-probability by linear propagation."""
-    graph = result.graph
-    row = int(np.searchsorted(graph.generated_units, way[0]))
-    raw = np.zeros(graph.n_units)
-    rows = graph.rows[[row]]
-    raw[:] = rows.toarray()[0] if hasattr(rows, "toarray") else rows[0]
+    """Change of the explained unit's score by linear propagation."""
     inner = 1.0
     for unit, before in pairwise(way[1:]):
-        inner *= float(graph.matrix[unit, before])
+        share = float(graph.matrix[unit, before])
+        # Shares of absolute values say how much, and the rows in which direction.
+        if graph.normalization == "absolute":
+            share = math.copysign(share, _raw_row(graph, unit, first=False)[before])
+        inner *= share
+    row = _raw_row(graph, way[0], first=True)
+    if graph.normalization == "positive":
+        row = row.clip(0)
     declared = capability_of(type(task.llm_attr.attr_method))
     in_nats = (
         declared is not None
         and declared.name in _IN_NATS
         and getattr(task.llm_attr, "attr_target", "log_prob") == "log_prob"
     )
-    if in_nats or result.foils:
-        return float(raw[way[1]]) * inner
+    if in_nats or not row[way[1]]:
+        return float(row[way[1]]) * inner
     # In the method's own measure: its share of what all units before it change.
-    mass = np.abs(raw).sum() if graph.normalization != "positive" else raw.clip(0).sum()
-    share = float(raw[way[1]]) / mass if mass > 0 else 0.0
-    return share * inner * _all_absent(task, way[0] - len(task.sources))
+    kept = graph.kept[np.searchsorted(graph.generated_units, way[0])]
+    share = float(kept * row[way[1]] / np.abs(row).sum())
+    return share * inner * _all_absent(task, way[0] - len(task.sources), contrast)
 
 
-def _all_absent(task: RowTask, step: int) -> float:
-    """Log-probability that a step loses when every unit before it is the baseline."""
+def _raw_row(
+    graph: AttributionGraph, unit: int, first: bool
+) -> npt.NDArray[np.float64]:
+    """Raw row of a generated unit, by which a path starts or goes on."""
+    place = int(np.searchsorted(graph.generated_units, unit))
+    rows = graph.rows
+    if not first and graph.behind is not None and place in graph.behind.steps:
+        rows, place = graph.behind.rows, graph.behind.steps.tolist().index(place)
+    one = rows[[place]]
+    row: npt.NDArray[np.float64] = (one.toarray() if issparse(one) else one)[0]
+    return row
+
+
+def _all_absent(task: RowTask, step: int, contrast: Contrast | None) -> float:
+    """What a step's score loses when every unit before it is the baseline."""
     start, stop = task.range_of(step)
+    if contrast is not None:
+        start, stop = contrast.start, contrast.stop
     inp = task.prefixed_input(start, step=step)
-    target = task.generated[start:stop]
-    plain, absent = (
-        scores_after(task.llm_attr, inp.to_model_input(present), target).sum()
-        for present in (inp.to_tensor(), torch.zeros_like(inp.to_tensor()))
+
+    def score(model_input: Any) -> float:
+        target = task.generated[start:stop]
+        found = scores_after(task.llm_attr, model_input, target).sum()
+        if contrast is not None:
+            found -= scores_after(task.llm_attr, model_input, contrast.ids).sum()
+        return float(found)
+
+    plain, absent = inp.to_tensor(), torch.zeros_like(inp.to_tensor())
+    return score(inp.to_model_input(plain)) - score(inp.to_model_input(absent))
+
+
+def _kinds(task: RowTask, steps: Sequence[int], units: str) -> dict[int, str]:
+    """Name of the units of which each step is one, by which a new one ends.
+
+    ``"token"`` where it has none: then the new one has as many tokens.
+    """
+    named = {units: set(steps)}
+    if units not in ("token", *NAMED):
+        # They were named for each side, or some were refined: see what they are.
+        named = {name: _steps_of(task, name) for name in ("token", *NAMED)}
+    kinds = {}
+    for step in steps:
+        names = [name for name in named if step in named[name]]
+        is_special = task.steps.units[step].special
+        kinds[step] = "token"
+        if names and not is_special:
+            kinds[step] = max(names, key=lambda name: len(named[name]))
+    return kinds
+
+
+def _steps_of(task: RowTask, name: str) -> set[int]:
+    """The steps that are units of a name."""
+    trace = task.prompt.continuation
+    found = group_tokens(
+        task.generated_text,
+        name,
+        generated=True,
+        attributed=np.isin(task.steps.groups, task.written),
+        special=np.isin(task.generated, list(special_ids(task.llm_attr.tokenizer))),
+        breaks=(*(() if trace is None else trace.all_breaks), *task.thinking.breaks),
     )
-    return float(plain - absent)
+    own = {step: task.steps.members(step) for step in task.written.tolist()}
+    return {
+        step
+        for step, members in own.items()
+        if np.array_equal(found.members(found.groups[members[0]]), members)
+    }
 
 
 @dataclass(frozen=True)
@@ -331,37 +411,36 @@ class _Intervention:
 
     task: RowTask
     way: tuple[int, ...]
-    units: str
+    kinds: Mapping[int, str]
+    contrast: Contrast | None
     absent: int | None
     removal: Removal
     temperature: float | None
 
-    def run(self, contrast: Contrast | None) -> _Outcome:
+    def run(self) -> _Outcome:
         """What comes of it."""
-        task = self.task
-        first = len(task.sources)
-        explained = self.way[0] - first
+        task, contrast = self.task, self.contrast
+        explained, *steps = (unit - len(task.sources) for unit in self.way[:-1])
         own, stop = task.range_of(explained)
         start = own
         if contrast is not None:
             start, stop = contrast.start, contrast.stop
-        steps = [unit - first for unit in reversed(self.way[1:-1])]
         texts: list[str] = []
         change: tuple[int, int, list[int]] | None = None
         prompt = task.prompt.inp.to_model_input()
-        for step in steps:
+        for step in reversed(steps):
             begin, end = task.range_of(step)
             if change is None:
-                new = self._write(self._without_source(begin, step), [], step)
+                before, later = self._without_source(begin, step), task.generated[:0]
             else:
-                new = self._write(prompt, self._exchanged(change, begin), step)
+                before, later = prompt, self._exchanged(change, begin)
+            new = self._write(before, later, step)
             texts.append(decode(new, task.llm_attr.tokenizer))
             change = (begin, end, new)
         if change is None:  # a direct path: the generated text stays as it is
-            later: list[int] = []
-            before = self._without_source(start, explained)
+            before, later = self._without_source(start, explained), task.generated[:0]
             answer = self._write(
-                self._without_source(own, explained), [], explained, greedy=True
+                self._without_source(own, explained), later, explained, greedy=True
             )
         else:
             before, later = prompt, self._exchanged(change, start)
@@ -373,10 +452,12 @@ class _Intervention:
             score -= self._score(before, later, contrast.ids)
         return _Outcome(score, tuple(texts), decode(answer, task.llm_attr.tokenizer))
 
-    def _exchanged(self, change: tuple[int, int, list[int]], stop: int) -> list[int]:
+    def _exchanged(
+        self, change: tuple[int, int, list[int]], stop: int
+    ) -> tuple[int, ...]:
         """Ids up to a generated token, with one stretch of them exchanged."""
         start, end, new = change
-        return [*self.task.generated[:start], *new, *self.task.generated[end:stop]]
+        return (*self.task.generated[:start], *new, *self.task.generated[end:stop])
 
     def _score(
         self, model_input: Any, later: Sequence[int], target: Sequence[int]
@@ -424,18 +505,19 @@ class _Intervention:
     ) -> list[int]:
         """One unit that the model writes after an input and more ids."""
         task = self.task
-        old = len(task.steps.members(step))
-        by_name = self.units in NAMED
-        most = 2 * old + _SPARE if by_name else old
+        kind = self.kinds[step]
+        most = len(task.steps.members(step))
+        if kind != "token":
+            most = min(2 * most + _SPARE, self._room(model_input, later, step))
         arguments: dict[str, Any] = {"max_new_tokens": most, "do_sample": False}
         if self.temperature is not None and not greedy:
             arguments |= {"do_sample": True, "temperature": self.temperature}
             arguments |= {"top_k": 0, "top_p": 1.0}
         ids = continued_ids(task.llm_attr, model_input, later, arguments)
-        if not ids or not by_name:
+        if not ids or kind == "token":
             return ids
-        before = [*task.prompt.ids, *later]
-        _, found = generated_units(before, ids, self.units, task.llm_attr.tokenizer)
+        before = [*task.prompt.ids, *task.generated[: task.range_of(step)[0]]]
+        _, found = generated_units(before, ids, kind, task.llm_attr.tokenizer)
         for number, unit in enumerate(found.units):
             if unit.special:
                 break
@@ -443,6 +525,22 @@ class _Intervention:
             if unit.text.strip():
                 return ids[: int(members[-1]) + 1]
         return []
+
+    def _room(self, model_input: Any, later: Sequence[int], step: int) -> int:
+        """Most tokens of a new step after which the rest still fits the model."""
+        task = self.task
+        longest = context_length(task.llm_attr.model) or sys.maxsize
+        length = len(task.prompt.ids)
+        if not isinstance(model_input, str):
+            is_mapping = isinstance(model_input, Mapping)
+            ids = model_input["input_ids"] if is_mapping else model_input
+            length = int(ids.shape[1])
+        last = task.range_of(self.way[0] - len(task.sources))[1]
+        if self.contrast is not None:
+            foil = len(self.contrast.ids)
+            last = max(self.contrast.stop, self.contrast.start + foil)
+        rest = max(last - task.range_of(step)[1], 0)
+        return longest - length - len(later) - rest
 
 
 @contextmanager

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from operator import index
 from typing import Any, TypeAlias
 
 from captum_cage._checks import complaint, shown
-from captum_cage.text import Span
+from captum_cage.text import Span, special_ids
 
 __all__ = ["MARKERS", "Part", "Think", "Thinking"]
 
@@ -41,6 +43,7 @@ MARKERS: tuple[tuple[str, str], ...] = (
 others; Mistral; Cohere; the channels of gpt-oss; and others."""
 
 _FINAL = "<|channel|>final<|message|>"  # where the answer begins in such channels
+_ANY_END = "<|end|>"  # which ends messages of every channel
 
 
 @dataclass(frozen=True)
@@ -78,23 +81,29 @@ class Thinking:
 
         Raises:
             TypeError: if ``think`` is none of these.
-            ValueError: if a range does not lie in the text.
+            ValueError: if a range does not lie in the text, or markers are no markers.
         """
         if think is None:
             return cls.none()
+        special = _special_texts(tokenizer)
         if think == "auto":
             pairs = [pair for pair in MARKERS if _knows(tokenizer, pair)]
-            found = [
-                cls._marked(text, turns, pair, before.rstrip().endswith(pair[0]))
-                for pair in pairs
-            ]
-            return next((one for one in found if one.breaks), cls.none())
+            found = [cls._marked(text, turns, pair, before, special) for pair in pairs]
+            ends = (before + text[: turns[-1][0]]).rstrip()
+            return next(
+                (
+                    one
+                    for one, (_, closing) in zip(found, pairs, strict=True)
+                    # Templates close a thought that there is not to be.
+                    if one.breaks or ends.endswith(closing)
+                ),
+                cls.none(),
+            )
         if isinstance(think, Sequence) and not isinstance(think, str) and think:
             if len(think) == 2 and all(isinstance(mark, str) for mark in think):
-                pair = (str(think[0]), str(think[1]))
-                opened = before.rstrip().endswith(pair[0])
-                return cls._marked(text, turns, pair, opened)
-            return cls._given(text, turns, think)
+                pair = _checked(str(think[0]), str(think[1]))
+                return cls._marked(text, turns, pair, before, special)
+            return cls._given(text, turns, think, special)
         raise TypeError(
             complaint(
                 "think",
@@ -107,12 +116,17 @@ class Thinking:
 
     @classmethod
     def _marked(
-        cls, text: str, turns: Sequence[Span], pair: tuple[str, str], opened: bool
+        cls,
+        text: str,
+        turns: Sequence[Span],
+        pair: tuple[str, str],
+        before: str,
+        special: Sequence[str],
     ) -> Thinking:
-        found = [
-            (turn, _thoughts(text, turn, pair, opened and turn == turns[0]))
-            for turn in turns
-        ]
+        found = []
+        for turn in turns:
+            opened = (before + text[: turn[0]]).rstrip().endswith(pair[0])
+            found.append((turn, _thoughts(text, turn, pair, opened)))
         thoughts = [inner for _, pieces in found for _, inner in pieces]
         breaks = {
             end for _, pieces in found for piece in pieces for end in sum(piece, ())
@@ -125,16 +139,18 @@ class Thinking:
             start = final + len(_FINAL)
             breaks |= {final, start}
         visible = tuple(span for span in thoughts if text[slice(*span)].strip())
-        answer = ((start, stop),) if text[start:stop].strip() else ()
+        answer = _answer(text, start, stop, special)
         return cls({Part.THINK: visible, Part.ANSWER: answer}, tuple(sorted(breaks)))
 
     @classmethod
-    def _given(cls, text: str, turns: Sequence[Span], think: Any) -> Thinking:
-        listed = [think] if isinstance(think[0], int) else list(think)
+    def _given(
+        cls, text: str, turns: Sequence[Span], think: Any, special: Sequence[str]
+    ) -> Thinking:
+        listed = [think] if hasattr(think[0], "__index__") else list(think)
         spans: list[Span] = []
         for span in listed:
             try:
-                start, stop = (int(end) for end in span)
+                start, stop = (index(end) for end in span)
             except (TypeError, ValueError):
                 start, stop = 0, 0
             if not 0 <= start < stop <= len(text):
@@ -149,39 +165,96 @@ class Thinking:
                 )
             spans.append((start, stop))
         spans.sort()
-        last = turns[-1]
-        answer = (max(last[0], spans[-1][1]), last[1])
-        breaks = {end for span in (*spans, answer) for end in span}
+        first, last = turns[-1]
+        first = max(first, *(stop for _, stop in spans))
+        breaks = {end for span in spans for end in span}
         return cls(
             {
                 Part.THINK: tuple(spans),
-                Part.ANSWER: (answer,) if text[slice(*answer)].strip() else (),
+                Part.ANSWER: _answer(text, first, last, special),
             },
             tuple(sorted(breaks)),
         )
 
 
+def _checked(opening: str, closing: str) -> tuple[str, str]:
+    """Markers that tell where a thought begins and where it ends."""
+    if not opening.strip() or not closing.strip() or opening == closing:
+        raise ValueError(
+            complaint(
+                "think",
+                "markers must be two different texts",
+                f"{(opening, closing)} came",
+                'Pass ("<think>", "</think>"), say.',
+            )
+        )
+    return opening, closing
+
+
 def _thoughts(
     text: str, turn: Span, pair: tuple[str, str], opened: bool
 ) -> list[tuple[Span, Span]]:
-    """Range of each thought of a turn, with its markers and without."""
-    opening, closing = pair
-    place, stop = turn
+    """Range of each thought of a turn, with its markers and without.
+
+    A thought may have thoughts inside. One that has more opening markers than closing
+    ones, as it speaks of them, ends at the last that closes.
+    """
+    start, stop = turn
+    longer_first = sorted(pair, key=len, reverse=True)
+    either = re.compile("|".join(map(re.escape, longer_first)))
+    marks = [
+        (match.group() == pair[0], *match.span())
+        for match in either.finditer(text, start, stop)
+    ]
+    if marks and marks[0][0]:
+        # What the prompt's end opened may be opened once more.
+        opened = opened and bool(text[start : marks[0][1]].strip())
+    elif marks:
+        opened = opened or pair[1] != _ANY_END
     found: list[tuple[Span, Span]] = []
-    while True:
-        begin = text.find(opening, place, stop)
-        end = text.find(closing, place, stop)
-        if not found and (opened or end >= 0) and not 0 <= begin < max(end, 0):
-            # The prompt's end opened it, as many chat templates do.
-            begin = first = place
-        elif begin >= 0:
-            first = begin + len(opening)
-        else:
-            return found
-        end = text.find(closing, first, stop)
-        inner = (first, stop if end < 0 else end)
-        place = stop if end < 0 else end + len(closing)
-        found.append(((begin, place), inner))
+    depth, begin, first = int(opened), start, start
+    closed: Span | None = None
+    for is_opening, here, there in marks:
+        if is_opening:
+            if depth == 0:
+                begin, first, closed = here, there, None
+            elif not text[first:here].strip():
+                first = there  # the same marker twice
+            depth += 1
+        elif depth > 0:
+            depth -= 1
+            again = closed is not None and not text[closed[1] : here].strip()
+            closed = (closed[0] if closed and again else here, there)
+            if depth == 0:
+                found.append(((begin, there), (first, closed[0])))
+        elif found and not text[found[-1][0][1] : here].strip():
+            found[-1] = ((found[-1][0][0], there), found[-1][1])
+    if depth > 0:
+        inner, outer = closed or (stop, stop)
+        found.append(((begin, outer), (first, inner)))
+    return found
+
+
+def _answer(
+    text: str, start: int, stop: int, special: Sequence[str]
+) -> tuple[Span, ...]:
+    """A range without special tokens at its ends, if anything is visible in it."""
+    left = ""
+    while start < stop and left != text[start:stop]:
+        left = text[start:stop]
+        start, stop = stop - len(left.lstrip()), start + len(left.rstrip())
+        for token in special:
+            if text.startswith(token, start, stop):
+                start += len(token)
+            elif text.endswith(token, start, stop):
+                stop -= len(token)
+    return ((start, stop),) if start < stop else ()
+
+
+def _special_texts(tokenizer: Any) -> list[str]:
+    """Texts of the special tokens, such as the end of a turn."""
+    texts = tokenizer.convert_ids_to_tokens(sorted(special_ids(tokenizer)))
+    return [text for text in texts if text]
 
 
 def _knows(tokenizer: Any, pair: tuple[str, str]) -> bool:
