@@ -31,6 +31,7 @@ from captum_cage.draws import DrawnRows
 from captum_cage.followup import Followup, Question
 from captum_cage.graph import AttributionGraph, Normalization
 from captum_cage.inputs import Prompt, baseline_id, target_ids
+from captum_cage.methods.catalogue import capability_of
 from captum_cage.result import GraphAttributionResult
 from captum_cage.rows import check_task
 from captum_cage.scoring import (
@@ -226,7 +227,7 @@ class GraphContextAttribution(CaptumAttribution):
         one_of("strategy", strategy, STRATEGIES)
         approximation = _approximation(tolerance, hops, sparsify)
         _check_batch_size(batch_size)
-        _check_draws(draws, approximation)
+        _check_draws(self.llm_attr, inp, draws, approximation)
         check_kwargs(self.llm_attr, kwargs)
         sides = split_units(units)
         prompt = Prompt.read(inp, self.llm_attr.tokenizer)
@@ -363,7 +364,7 @@ class GraphContextAttribution(CaptumAttribution):
         """The graph, and the rows of each draw where there are several."""
         if question.draws == 1:
             return self._drawn(way, question).graph(), None
-        stores = list(self._draws_of(way.task, question))
+        stores = self._draws_of(way.task, question)[: question.draws]
         while len(stores) < question.draws:
             task = replace(way.task, kept={**_scores_of(way.task)})
             fresh = Strategy(task, question.strategy, self._told)
@@ -508,10 +509,26 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def _check_draws(draws: Any, approximation: Approximation) -> None:
+def _check_draws(
+    llm_attr: LLMAttributionObject,
+    inp: Any,
+    draws: Any,
+    approximation: Approximation,
+) -> None:
     number = whole_number(
         "draws", draws, minimum=1, remedy="Pass how often to draw the rows."
     )
+    declared = capability_of(type(llm_attr.attr_method))
+    is_random = declared is None or declared.random
+    if number > 1 and not is_random and not callable(getattr(inp, "baselines", None)):
+        raise ValueError(
+            complaint(
+                "draws",
+                "must be 1 for a method that does not sample",
+                f"{number} came for {base_method(llm_attr)}",
+                "Leave it out: each draw would be the same.",
+            )
+        )
     if number > 1 and (approximation.tolerance or approximation.sparsify):
         raise ValueError(
             complaint(

@@ -34,6 +34,7 @@ __all__ = ["Contrast", "Foils", "contrast_row", "contrasts", "tokens_of"]
 _CONTEXT = 8
 # Texts after which a tokenizer encodes what goes on without a space.
 _LEADS = ("\n", "a")
+_PLACES = "Pass the position of a generated unit, a text in it, or a pattern."
 
 FoilText: TypeAlias = int | str | Sequence[int] | Tensor
 Foils: TypeAlias = Mapping[Any, FoilText]
@@ -93,11 +94,11 @@ def _place(task: RowTask, key: Any, where: str) -> tuple[tuple[int, int], Span]:
                 where,
                 "must name a place in the generated text",
                 f"{shown(key)} came",
-                "Pass the position of a generated unit, a text in it, or a pattern.",
+                _PLACES,
             )
         )
     steps = [task.steps.units[step] for step in task.written]
-    span = _visible(text, find_span(key, text, steps))
+    span = _visible(text, find_span(key, text, steps, where=where, forms=_PLACES))
     written = np.isin(task.steps.groups, task.written)
     chosen = [
         token
@@ -209,6 +210,16 @@ def _contrast(task: RowTask, key: Any, foil: Any) -> Contrast:
                 "must differ from what was written",
                 f"{decode(ids, task.llm_attr.tokenizer)!r} came for {key!r}",
                 "Pass another text; result.alternatives() lists candidates.",
+            )
+        )
+    short = min(len(ids), len(target))
+    if ids[:short] == target[:short]:
+        raise ValueError(
+            complaint(
+                "foil",
+                "must differ from what was written before either of them ends",
+                f"{foil!r} came for {key!r}, and one is the beginning of the other",
+                "Add what follows the shorter one, such as a full stop.",
             )
         )
     same = 0

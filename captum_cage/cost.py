@@ -23,6 +23,10 @@ __all__ = ["Counted", "count_sequences", "most_sequences"]
 
 # Passes besides: the plain text, read by an engine in its own way and for the scores.
 _ASIDE = 4
+# How the gradient engine shares out its passes; it has these numbers, too.
+_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
+_MOST_SEGMENTS = 8
+_TOGETHER = 64
 
 
 @dataclass
@@ -191,18 +195,25 @@ def _one(_: _Work) -> int:
 
 
 def _gradients(name: str | None, by_token: bool = False) -> Formula:
-    """Of a gradient engine: at each point, three sequences for each target at most.
+    """Of a gradient engine: three sequences at each point for each target at most.
 
-    Segments and copies share out the targets: ``(parts + 1) * copies`` sequences, and
-    copies are fewer than twice the targets of a part.
+    Segments and copies share out the targets of one call: ``(parts + 1) * copies``
+    sequences, and copies are fewer than twice the targets of a part. There are no more
+    segments than a number, and no more sequences in a pass than fill it.
     """
 
     def formula(work: _Work) -> int:
         points = 1 if name is None else work.option(name)
-        dtype = CausalModel(work.task.llm_attr.model).dtype
-        each = by_token or dtype == torch.float64
+        task = work.task
+        model = CausalModel(task.llm_attr.model, task.llm_attr.device)
+        each = by_token or model.dtype == torch.float64
         targets = sum(work.tokens) if each else len(work.tokens)
-        return 3 * points * targets + work.calls * (4 + work.baselines)
+        enough = _ENOUGH_TOKENS.get(model.device.type, _ENOUGH_TOKENS["cuda"])
+        together = max(1, enough // len(task.prompt.ids))
+        calls = max(work.calls, math.ceil(len(work.tokens) / _TOGETHER))
+        filled = calls * (_MOST_SEGMENTS + 1) * (points + together - 1)
+        aside = work.calls * (4 + work.baselines)
+        return min(3 * points * targets, filled) + aside
 
     return formula
 

@@ -177,9 +177,12 @@ class Followup:
         mass = np.zeros(task.width)
         graph = result.graph
         if side != "generated":
-            mass[graph.source_units] = np.abs(result.seq_attr.numpy())
+            # For and against together: a unit whose paths cancel may matter most.
+            for attr in (result.positive_attr, result.negative_attr):
+                mass[graph.source_units] += attr.numpy()
         if side != "source":
-            mass[graph.generated_units] = np.abs(result.step_attr.numpy())
+            for attr in result.step_parts:
+                mass[graph.generated_units] += attr.numpy()
         pieces = self._divided(mass, count, finer)
         if not pieces:
             raise ValueError(

@@ -497,6 +497,13 @@ class RenderedChat:
                 )
             )
 
+        for name in ("tokenize", "return_tensors", "return_dict"):
+            if name in template_args:
+                raise TypeError(
+                    f"{name}: is set here, since the template's text is needed. Leave "
+                    "it out."
+                )
+
         def render(rendered: Sequence[Mapping[str, Any]]) -> str:
             text: str = tokenizer.apply_chat_template(
                 [dict(message) for message in rendered], tokenize=False, **template_args

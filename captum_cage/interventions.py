@@ -193,9 +193,9 @@ def verify_path(
         PathCheck: predicted and measured change.
 
     Raises:
-        TypeError: if the model is remote, or the path is none.
-        ValueError: if the path does not lead from an explained unit to a source, or the
-            source cannot be deleted.
+        TypeError: if the model is remote or cannot generate, or the path is none.
+        ValueError: if an option is out of range, the path does not lead from an
+            explained unit to a source, or the source cannot be deleted.
     """
     if family(task.llm_attr) == "remote":
         raise TypeError(
@@ -204,6 +204,15 @@ def verify_path(
                 "needs the model itself",
                 "the model is remote",
                 "Load the model, or compare answers by provider.generate.",
+            )
+        )
+    if not callable(getattr(task.llm_attr.model, "generate", None)):
+        raise TypeError(
+            complaint(
+                "verify_path",
+                "needs a model that can write a step again",
+                f"{type(task.llm_attr.model).__name__} came, which has no generate()",
+                "Use a causal language model of transformers.",
             )
         )
     one_of("removal", removal, get_args(Removal))
@@ -320,6 +329,7 @@ def _predicted(
         declared is not None
         and declared.name in _IN_NATS
         and getattr(task.llm_attr, "attr_target", "log_prob") == "log_prob"
+        and task.kwargs.get("scalarizer", "sum") == "sum"
     )
     if in_nats or not row[way[1]]:
         return float(row[way[1]]) * inner
@@ -363,7 +373,8 @@ def _all_absent(task: RowTask, step: int, contrast: Contrast | None) -> float:
 def _kinds(task: RowTask, steps: Sequence[int], units: str) -> dict[int, str]:
     """Name of the units of which each step is one, by which a new one ends.
 
-    ``"token"`` where it has none: then the new one has as many tokens.
+    ``"token"`` where it has none, or is a special token or white space: then the new
+    one has as many tokens.
     """
     named = {units: set(steps)}
     if units not in ("token", *NAMED):
@@ -372,9 +383,10 @@ def _kinds(task: RowTask, steps: Sequence[int], units: str) -> dict[int, str]:
     kinds = {}
     for step in steps:
         names = [name for name in named if step in named[name]]
-        is_special = task.steps.units[step].special
+        unit = task.steps.units[step]
+        is_text = unit.text.strip() and not unit.special
         kinds[step] = "token"
-        if names and not is_special:
+        if names and is_text:
             kinds[step] = max(names, key=lambda name: len(named[name]))
     return kinds
 

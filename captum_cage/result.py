@@ -644,6 +644,14 @@ class GraphAttributionResult(LLMAttributionResult):
                 for path in self.paths(10)
             ],
             "rows": _dense(self.graph.rows).tolist(),
+            "behind": None
+            if self.graph.behind is None
+            else {
+                "steps": self.graph.behind.steps.tolist(),
+                "rows": _dense(self.graph.behind.rows).tolist(),
+                "kept": self.graph.behind.kept.tolist(),
+            },
+            "draws": 1 if self.drawn is None else len(self.drawn.rows),
         }
 
     def _header(self) -> dict[str, Any]:

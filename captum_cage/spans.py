@@ -131,7 +131,12 @@ def _sliced(explain: slice, count: int) -> tuple[int, ...]:
 
 
 def find_span(
-    explain: str | re.Pattern[str], text: str, units: Sequence[Unit] = ()
+    explain: str | re.Pattern[str],
+    text: str,
+    units: Sequence[Unit] = (),
+    *,
+    where: str = "explain",
+    forms: str = _FORMS,
 ) -> Span:
     """Character range of the last occurrence of a text or pattern.
 
@@ -148,9 +153,7 @@ def find_span(
         what = f"the pattern {explain.pattern!r}"
         if not isinstance(explain.pattern, str):
             raise TypeError(
-                complaint(
-                    "explain", "must be a pattern for text", f"{what} came", _FORMS
-                )
+                complaint(where, "must be a pattern for text", f"{what} came", forms)
             )
         found = [match.span() for match in explain.finditer(text)]
     else:
@@ -162,18 +165,18 @@ def find_span(
     if not found:
         reads = text if len(text) <= 80 else f"{text[:80]}..."
         raise ValueError(
-            f"explain: {what} does not occur in the generated text. It reads: "
-            f"{reads!r}. {_FORMS}"
+            f"{where}: {what} does not occur in the generated text. It reads: "
+            f"{reads!r}. {forms}"
         )
     shared = (s for s in reversed(visible) if _shared_units(s, units, text))
     span = next(shared, (visible or found)[-1])
     if not text[slice(*span)].strip():
         raise ValueError(
             complaint(
-                "explain",
+                where,
                 f"{what} must stand for visible text",
                 "an empty stretch came",
-                _FORMS,
+                forms,
             )
         )
     return span

@@ -134,7 +134,7 @@ class Thinking:
         (start, stop), pieces = found[-1]
         if pieces:
             start = pieces[-1][0][1]
-        final = text.find(_FINAL, start, stop)
+        final = text.find(_FINAL, start, stop) if pair[1] == _ANY_END else -1
         if final >= 0:
             start = final + len(_FINAL)
             breaks |= {final, start}

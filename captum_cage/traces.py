@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from captum_cage._checks import complaint
+from captum_cage._checks import complaint, shown
 from captum_cage.inputs import (
     Continuation,
     Features,
@@ -26,6 +26,8 @@ from captum_cage.text import Span, TokenText, decode, read_tokens, special_ids
 __all__ = ["ChatTraceInput", "TraceIdsInput"]
 
 _IDS = "token_ids"  # of a generated message: what the model wrote, as ids
+# Where servers put what a model wrote besides the content.
+_BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 
 
 class TraceIdsInput(TokenIdsInput):
@@ -229,7 +231,11 @@ class ChatTraceInput(TraceIdsInput):
                         "Leave them out, or name its role in generated=.",
                     )
                 )
+        for number, message in enumerate(copies):
+            if written[number]:
+                _check_all_in_content(number, message)
         chat = RenderedChat.of(copies, tokenizer, chosen, template_args)
+        _check_contents(chat, copies, written, chosen, wrote)
         if any(ids is not None for ids in wrote):
             chat = _with_ids(chat, wrote, tokenizer)
         message_of = chat.message_of_token
@@ -254,6 +260,63 @@ class ChatTraceInput(TraceIdsInput):
             message_of >= 0,
             breaks.tolist(),
             baselines,
+        )
+
+
+def _check_all_in_content(number: int, message: Mapping[str, Any]) -> None:
+    """Refuse what a model wrote outside the content, which would be fixed text."""
+    hidden = [name for name in _BESIDE if message.get(name)]
+    if hidden:
+        raise ValueError(
+            complaint(
+                f"messages[{number}]",
+                "what the model wrote must stand in its content",
+                f"{', '.join(hidden)} came, which the template writes as fixed text",
+                "Write it into the content as the model did, or use TraceIdsInput.",
+            )
+        )
+
+
+def _check_contents(
+    chat: RenderedChat,
+    messages: Sequence[Mapping[str, Any]],
+    written: Sequence[bool],
+    chosen: Sequence[bool],
+    wrote: Sequence[Any],
+) -> None:
+    """Refuse chosen messages that are not shown, where that would change the question.
+
+    Raises:
+        ValueError: if the last turn was generated and has no text, ids came for a turn
+            without any, a chosen content is no text, or no source stands before the
+            first generated turn.
+    """
+    shown_messages = {number for number, _ in chat.contents}
+    for number, message in enumerate(messages):
+        if number in shown_messages:
+            continue
+        is_last = number == len(messages) - 1 and written[number]
+        is_text = isinstance(message.get("content"), str | list | tuple | None)
+        if is_last or wrote[number] is not None or (chosen[number] and not is_text):
+            raise ValueError(
+                complaint(
+                    f"messages[{number}]",
+                    "must have visible text as its content",
+                    f"{shown(message.get('content'))} came",
+                    "Write what the model wrote or what came back as text, or leave "
+                    "the message out.",
+                )
+            )
+    turns = [number for number in shown_messages if written[number]]
+    sources = [number for number in shown_messages if not written[number]]
+    if turns and sources and min(sources) > min(turns):
+        raise ValueError(
+            complaint(
+                "features",
+                "must choose a message before the first generated one, too",
+                "none was chosen there",
+                "Pass features='all', or a function that also takes the first message.",
+            )
         )
 
 

@@ -580,7 +580,8 @@ class TestMethods:
         class Noisy(FeatureAblation):
             def attribute(self, inputs, *args, **kwargs):
                 found = super().attribute(inputs, *args, **kwargs)
-                return found + torch.rand(1)
+                noise = torch.rand(1).item() + np.random.rand()  # noqa: NPY002
+                return found + noise + random.random()
 
         class Blind(FeatureAblation):
             depends_on_target = False
@@ -734,11 +735,17 @@ class TestFoils:
         """The first token that differs is contrasted, after those that do not."""
         nine = tokenizer.encode("9")
         assert self.found(task, "has 7", [296, 227, *nine]) == (3, 4, nine)
-        pens = tokenizer.encode("7 pens.")
-        assert self.found(task, "7 pens", pens) == (4, 5, pens[1:])
-        # One token of each is left, where one is the beginning of the other.
-        assert self.found(task, "7 pens", pens[:1]) == (3, 5, pens[:1])
-        assert self.found(task, "7", pens) == (8, 9, pens)
+        other = [tokenizer.encode("7 pens")[0], *tokenizer.encode(" So")]
+        assert self.found(task, "7 pens", other) == (4, 5, other[1:])
+
+    @pytest.mark.parametrize(("place", "count"), [("7 pens", 1), ("7", 3)])
+    def test_the_beginning_of_what_was_written_is_no_foil(
+        self, task, tokenizer, place, count
+    ):
+        """Nor the other way round: one would not be in the other's place."""
+        pens = tokenizer.encode("7 pens.")[:count]
+        with pytest.raises(ValueError, match="one is the beginning of the other"):
+            self.found(task, place, pens)
 
     def test_where_the_beginning_of_a_text_is_common(self, task):
         """As for ids: the unit in which they begin to differ has the foil."""
@@ -778,6 +785,17 @@ class TestFoils:
         before = [*tokenizer.encode("Ana has"), *ids[: found.start]]
         ends = [tokenizer.decode([*before, *more]) for more in ([], list(found.ids))]
         assert ends[1] == ends[0] + text
+
+    def test_a_piece_of_a_character_is_shown_by_the_character(self, model, tokenizer):
+        """That it completes, with the pieces before it."""
+        ids, other = tokenizer.encode(" So 😀."), tokenizer.encode(" So 😁.")
+        (place,) = [i for i in range(len(ids)) if ids[i] != other[i]]
+        assert place > 4
+        llm_attr = LLMAttribution(FeatureAblation(model), tokenizer)
+        task = task_of(llm_attr, TokenIdsInput([20, 21], tokenizer), ids)
+        (contrast,) = contrasts(task, {place: other[place]})
+        assert (contrast.foil.target, contrast.foil.text) == ("😀", "😁")
+        assert contrasts(task, {"😀": "😁"})[0] == contrast
 
     def test_several_foils_come_in_reading_order(self, task):
         """Each of a unit of its own."""
@@ -1052,7 +1070,7 @@ class TestInputs:
             cage, inp, [5, 9, 7], 1, 8, strategy=strategy
         )
         assert result.graph.n_sources == 2
-        whole = cage.attribute(inp, [5, 9, 7], units="word", foil={0: [5, 8, 8]})
+        whole = cage.attribute(inp, [5, 9, 7], units="word", foil={0: [6, 8, 8]})
         assert whole.foils
 
     def test_a_remote_model_is_sent_both_texts(self, model, tokenizer):

@@ -27,6 +27,7 @@ from captum_cage import (
     cost,
 )
 from captum_cage.cost import Counted, count_sequences, most_sequences
+from captum_cage.engines import gradient
 from captum_cage.engines.registry import engine_names
 from captum_cage.methods.catalogue import capabilities, llm_attribution
 from test_methods_reagent import masked
@@ -154,17 +155,25 @@ class TestEstimates:
             took, most, _ = ask(wrapped(name, model))
             assert took <= most
 
-    @pytest.mark.parametrize("name", ["integrated-gradients", "attention-x-ig"])
-    def test_many_targets_share_passes(self, name):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("count", [1, 4, 9])
+    def test_many_targets_share_passes(self, count, dtype):
         """In segments and copies, each of which is a sequence."""
-        model = tiny_model(
-            "llama", vocab_size=len(TOKENIZER), dtype=torch.float64, seed=2
+        model = tiny_model("llama", vocab_size=len(TOKENIZER), dtype=dtype)
+        llm_attr = wrapped("integrated-gradients", model)
+        for units, steps in (("sentence", 1), ("token", 1), ("token", 6)):
+            took, most, result = ask(
+                llm_attr, target=TARGET * count, units=units, n_steps=steps
+            )
+            assert took <= most
+        assert most <= 9 * (2 if result.graph.n_generated > 64 else 1) * (
+            steps + 1024 // len(TOKENIZER.encode(PROMPT))
         )
-        target = TARGET * 4
-        took, most, _ = ask(
-            wrapped(name, model), target=target, units="token", n_steps=2
-        )
-        assert took <= most
+
+    def test_the_gradient_engine_has_the_numbers_that_are_assumed(self):
+        """They stand there to be measured, here to be counted with."""
+        for name in ("_ENOUGH_TOKENS", "_MOST_SEGMENTS", "_TOGETHER"):
+            assert getattr(cost, name) == getattr(gradient, name)
 
     @pytest.mark.parametrize("strategy", ["fused", "loop"])
     @pytest.mark.parametrize(
@@ -260,6 +269,25 @@ class TestEstimates:
                 wrapped(name, model), inp, strategy=strategy, **arguments(name)
             )
             assert took <= most
+
+    @pytest.mark.parametrize("name", ["ablation", "gradient-x-activation"])
+    def test_a_model_that_suits_no_engine_is_counted_by_the_loop(self, name):
+        """The engine looks at it each time, though."""
+        model = tiny_model("llama", vocab_size=len(TOKENIZER))
+        plain = model.forward
+
+        def forward(input_ids: torch.Tensor, **more: Any) -> Any:
+            found = plain(input_ids=input_ids, **more)
+            found.logits = found.logits * (1 + 0.02 * input_ids.shape[1])
+            return found
+
+        model.forward = forward
+        question = {"foil": {"18": "9"}, "explain": slice(None)}
+        took, most, result = ask(wrapped(name, model), **question)
+        assert result.meta["strategy"] == "loop"
+        assert took <= most
+        told = result.refine(1, in_two).meta["refined"]
+        assert told["sequences"] <= told["estimated_sequences"]
 
     def test_the_estimate_draws_no_random_numbers(self):
         """The same samples come afterwards."""

@@ -412,15 +412,12 @@ class TestIntervals:
             with pytest.raises(ValueError, match="resamples: must be 2 or more"):
                 result.intervals(resamples=number)
 
-    def test_a_method_that_is_not_random_is_sure(self, model, tokenizer, inp):
-        """Its interval has no width."""
+    def test_a_method_that_does_not_sample_is_refused(self, model, tokenizer, inp):
+        """Each draw would be the same, and its interval a promise of nothing."""
         llm_attr = LLMAttribution(FeatureAblation(model), tokenizer)
         cage = GraphContextAttribution(llm_attr)
-        result = cage.attribute(inp, TARGET, draws=3)
-        found = result.intervals(resamples=20)
-        np.testing.assert_allclose(found.low, result.seq_attr, atol=1e-12)
-        np.testing.assert_allclose(found.high, result.seq_attr, atol=1e-12)
-        np.testing.assert_allclose(found.standard_error, 0.0, atol=1e-12)
+        with pytest.raises(ValueError, match="for a method that does not sample"):
+            cage.attribute(inp, TARGET, draws=3)
 
 
 class TestFiles:

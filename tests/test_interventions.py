@@ -21,6 +21,7 @@ from captum.attr import (
     RemoteLLMAttribution,
     TextTemplateInput,
 )
+from torch import nn
 
 from captum_cage import (
     ChatTokenInput,
@@ -292,8 +293,6 @@ def test_two_steps_are_written_one_after_the_other():
         check = result.verify_path(way)
         assert len(check.steps[0]) == 2
         assert_same(check, Slow(model, whole, ranges, *ends), tokenizer, absent)
-        if fact in first.facts:
-            assert check.holds
 
 
 class TestPrediction:
@@ -345,11 +344,19 @@ class TestPrediction:
             expected = max(check.measured, 0.0)
             assert check.predicted == pytest.approx(expected, abs=1e-5)
 
-    @pytest.mark.parametrize("method", ["ifr", "attention-suppression", "attnlrp"])
-    def test_other_measures_are_shares_of_what_all_units_change(self, method):
+    @pytest.mark.parametrize(
+        ("method", "options"),
+        [
+            ("ifr", {}),
+            ("attention-suppression", {}),
+            ("attnlrp", {}),
+            ("c-lime", {"scalarizer": "mean"}),
+        ],
+    )
+    def test_other_measures_are_shares_of_what_all_units_change(self, method, options):
         """Where rows are no log-probabilities, they say what part of it is due."""
         case = cases("chain")[0]
-        result = explained(case, method)
+        result = explained(case, method, **options)
         units = units_of(case, result)
         slow = slowly(case, range(len(case.sentences)))
         start, stop = slow.way[-1]
@@ -609,6 +616,34 @@ class TestSteps:
         assert_same(check, *slow, absent)
         assert check.steps == (("So the key is missing.",),)
 
+    def test_it_is_one_of_those_that_most_steps_are(self):
+        """A sentence of one word is a sentence among others, and so is a whole turn."""
+        _, gate, safe = self.sentences()
+        units = {"source": "message", "generated": "sentence"}
+        message = cases("chain")[0].before[0]["content"]
+        check, *slow = self.asked(f"So. {gate} {safe}", [2, 0, message], units)
+        assert_same(check, *slow, absent)
+        assert check.steps == (("So the key is missing.",),)
+
+        model, tokenizer = planted("chain")
+        messages = [
+            {"role": "user", "content": "The code is red. The lamp is blue."},
+            {"role": "assistant", "content": "So the key is red."},
+            {"role": "user", "content": "The bell is gold."},
+        ]
+        cage = GraphContextAttribution(
+            LLMAttribution(FeatureAblation(model), tokenizer)
+        )
+        result = cage.attribute(
+            ChatTraceInput(messages, tokenizer),
+            f"{gate} {safe}",
+            units=units,
+            explain=-1,
+        )
+        assert [unit.generated for unit in result.units] == [0, 1, 0, 1, 1]
+        check = result.verify_path([4, 1, 0])
+        assert check.steps == (("So the key is missing.",),)
+
     def test_own_units_have_as_many_tokens_as_before(self):
         """Nothing else is known of where one would end."""
         key, gate, safe = self.sentences()
@@ -715,6 +750,24 @@ class TestSteps:
         check = result.verify_path([last, steps[0], 1])
         assert check.steps == ((END,),)
         assert check.measured == pytest.approx(0.0, abs=1e-4)
+
+    def test_white_space_between_special_tokens_is_as_many_tokens(
+        self, tokenizer, model
+    ):
+        """It is no sentence, and no sentence takes its place."""
+        target = tokenizer.encode(" So.<|end|>\n<|end|> She.", add_special_tokens=False)
+        cage = GraphContextAttribution(
+            LLMAttribution(FeatureAblation(model), tokenizer)
+        )
+        inp = TokenIdsInput(tokenizer.encode("Ana has 3."), tokenizer)
+        result = cage.attribute(inp, target, units="sentence", explain=-1)
+        assert result.output_tokens[1:4] == ["<|end|>", "\n", "<|end|>"]
+        check = result.verify_path([5, 3, 0])
+        place = target.index(tokenizer.encode("\n")[0])
+        ids = [0] * len(tokenizer.encode("Ana has 3.")) + target[:place]
+        with torch.no_grad():
+            likeliest = int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        assert check.steps == ((tokenizer.decode(likeliest),),)
 
     @staticmethod
     def endless(kind: str, **settings: Any) -> tuple[Any, GraphAttributionResult]:
@@ -905,6 +958,7 @@ class TestSamples:
                 result.to_dict(),
             )
 
+        torch.manual_seed(1)
         before = state()
         assert result.verify_path(way, samples=3) == one
         assert state() == before
@@ -992,6 +1046,29 @@ class TestInputs:
         )
         with pytest.raises(TypeError, match="verify_path: needs the model itself"):
             result.verify_path([2, 0])
+
+    def test_a_model_that_cannot_generate_is_refused(self, tokenizer, model):
+        """It scores texts, and writes none."""
+
+        class Scorer(nn.Module):
+            device = model.device
+            config = model.config
+
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = model
+
+            def forward(self, input_ids: Any, **_: Any) -> Any:
+                return self.inner(input_ids)
+
+        cage = GraphContextAttribution(
+            LLMAttribution(FeatureAblation(Scorer()), tokenizer)
+        )
+        inp = TokenIdsInput(tokenizer.encode("Ana has 3."), tokenizer)
+        target = tokenizer.encode(" So she has", add_special_tokens=False)
+        result = cage.attribute(inp, target, explain=-1)
+        with pytest.raises(TypeError, match="Scorer came, which has no generate"):
+            result.verify_path([len(result.units) - 1, 0])
 
     def test_a_result_without_its_model_is_refused(self, tmp_path, sampled):
         """Loaded from a file, or copied to another process."""

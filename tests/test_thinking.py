@@ -135,6 +135,7 @@ class TestMarkers:
             (f"a{OPEN}b{CLOSE}c", [f"a{OPEN}b"], ["c"]),
             (f"a{OPEN}b{CLOSE}c{CLOSE}d", [f"a{OPEN}b{CLOSE}c"], ["d"]),
             (f"a{CLOSE}b{OPEN}c{CLOSE}d", ["a", "c"], ["d"]),
+            (f"{OPEN}a{CLOSE}b{OPEN}c{CLOSE}d", ["a", "c"], ["d"]),
         ],
     )
     def test_thoughts_that_the_prompt_opens(self, before, text, thoughts, answer):
@@ -209,8 +210,9 @@ class TestTurns:
             text = f"a{CLOSE}b<|assistant|>{OPEN}\nc{end}"
             start = text.index("\nc")
             spans = [(0, text.index("<|assistant|>")), (start, len(text))]
-            found = parts(text, turns=spans, before=OPEN)
-            assert found == [["a", "\nc"], answer]
+            for before in ("", OPEN):
+                found = parts(text, turns=spans, before=before)
+                assert found == [["a", "\nc"], answer]
 
 
 class TestRanges:

@@ -178,7 +178,10 @@ class TestChatTraceInput:
             ({1: {"token_ids": [9]}}, {}, r"messages\[1\]: only a generated message"),
             ({}, {"generated": "critic"}, "generated: must choose a message"),
             ({}, {"generated": "all"}, "a message that the model did not write"),
-            ({}, {"generated": "system"}, "inp: must have a feature to attribute to"),
+            ({}, {"generated": "system"}, "features: must choose a message before"),
+            ({4: {"content": None}}, {}, r"messages\[4\]: must have visible text"),
+            ({2: {"tool_calls": [{}]}}, {}, r"messages\[2\]: what the model wrote"),
+            ({3: {"content": {"pens": 3}}}, {}, r"messages\[3\]: must have visible"),
         ],
     )
     def test_bad_messages_are_refused(self, chatty, changed, arguments, match):
