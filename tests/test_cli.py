@@ -116,7 +116,7 @@ class TestProgram:
         ("arguments", "complaint"),
         [
             (["explain", "--modle", "x"], "No such option: --modle"),
-            (["explain", "--model", "x"], "Missing option '--prompt'"),
+            (["explain", "--model", "x"], "--prompt: must be given, or --messages"),
             (["demo", "--kind", "three"], "Invalid value for '--kind'"),
             (["explode"], "No such command 'explode'"),
             (["show", "x", "--top", "-1"], "Invalid value for '--top'"),

@@ -272,15 +272,17 @@ def test_a_source_may_be_deleted(kind):
 def test_two_steps_are_written_one_after_the_other():
     """Only the first is written without the source, and only the last one stays."""
     model, tokenizer = load_demo()
-    problem = sample_problems(1, 0, "long_chain", steps=2)[0]
+    problem = sample_problems(1, 0, "two_questions")[0]
     cage = GraphContextAttribution(LLMAttribution(FeatureAblation(model), tokenizer))
     ids = tokenizer.encode(problem.completion, add_special_tokens=False)
     inp = TokenIdsInput(tokenizer.encode(problem.prompt), tokenizer)
     result = cage.attribute(inp, ids, units="sentence", explain=-1)
     text = problem.prompt + problem.completion
     cut = len(problem.prompt)
-    first, second = problem.steps
-    generated = [problem.answers[0].span, second.span, first.span]
+    answer = problem.answers[1]
+    second = problem.steps[answer.steps[0]]
+    first = problem.steps[second.steps[0]]
+    generated = [answer.span, second.span, first.span]
     places = {(unit.generated, unit.span): i for i, unit in enumerate(result.units)}
     ends = (tokenizer.convert_tokens_to_ids("."), tokenizer.eos_token_id)
     for fact in (
