@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -43,6 +44,7 @@ ModelInput: TypeAlias = str | Tensor | dict[str, Any]
 
 # Entries of a processor's output that have one number per token, and what a generated
 # token gets there.
+_TAG = "<[^<>]*>"  # such as those around thoughts
 _PER_TOKEN = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
@@ -689,7 +691,14 @@ def _marked_span(
             pairs = zip(reversed(core), reversed(text[:stop]), strict=False)
             same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
             tail = text[stop - same : stop].lstrip()
-            return [(stop - len(tail), stop)]
+            begin = stop - len(tail)
+            dropped = re.split(_TAG, core.removesuffix(tail))
+            kept = [piece.strip() for piece in dropped if piece.strip()][-1:]
+            # A beginning that is shown elsewhere is text that would not be attributed.
+            if not kept or not re.search(
+                rf"{re.escape(kept[0])}(?:[^<>\w]|{_TAG})*$", text[:begin]
+            ):
+                return [(begin, stop)]
     raise ValueError(
         complaint(
             f"messages[{number}]",

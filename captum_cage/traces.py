@@ -351,26 +351,39 @@ def _with_ids(chat: RenderedChat, wrote: Sequence[Any], tokenizer: Any) -> Rende
     offsets: list[Span] = []
     done = 0  # characters that have their tokens
 
+    def tokenise(start: int, stop: int) -> None:
+        if start < stop:
+            encoded = tokenizer(
+                text[start:stop], add_special_tokens=False, return_offsets_mapping=True
+            )
+            ids.extend(encoded["input_ids"])
+            offsets.extend((a + start, b + start) for a, b in encoded["offset_mapping"])
+
     def take_until(stop: int) -> None:
-        """Tokens of text that the model did not write."""
-        piece = text[done:stop]
-        encoded = tokenizer(
-            piece, add_special_tokens=False, return_offsets_mapping=True
-        )
-        spans = [(a + done, b + done) for a, b in encoded["offset_mapping"]]
-        ids.extend(encoded["input_ids"])
-        offsets.extend(spans)
-        numbers.extend(message_at(text, span, chat.contents) for span in spans)
+        """Tokens of text that the model did not write, as they are in the whole."""
+        inside = [
+            place
+            for place, (a, b) in enumerate(chat.text.offsets)
+            if done <= a and b <= stop and a < stop
+        ]
+        first = len(offsets)
+        if inside:
+            tokenise(done, chat.text.offsets[inside[0]][0])
+            ids.extend(chat.ids[place] for place in inside)
+            offsets.extend(chat.text.offsets[place] for place in inside)
+            tokenise(max(chat.text.offsets[place][1] for place in inside), stop)
+        else:
+            tokenise(done, stop)
+        new = offsets[first:]
+        numbers.extend(message_at(text, span, chat.contents) for span in new)
 
     for number, (start, stop) in chat.contents:
         if wrote[number] is None:
             continue
         given = _without_end(token_ids(f"messages[{number}]", wrote[number]), tokenizer)
         reads = read_tokens(given, tokenizer)
-        begin = start - (len(reads.text) - len(reads.text.lstrip()))
-        if not given or text[begin : begin + len(reads.text)].rstrip() != (
-            reads.text.rstrip()
-        ):
+        core = reads.text.strip()
+        if not core or text[start:stop] != core:
             raise ValueError(
                 complaint(
                     f"messages[{number}]",
@@ -379,14 +392,19 @@ def _with_ids(chat: RenderedChat, wrote: Sequence[Any], tokenizer: Any) -> Rende
                     "Pass the content as the tokenizer decodes the ids.",
                 )
             )
+        # The white space around it stands there, unless the template trims.
+        shift = start - reads.text.index(core)
+        end = shift + len(reads.text)
+        begin = shift if text[shift:start] == reads.text[: start - shift] else start
+        stop = end if text[stop:end] == reads.text[stop - shift :] else stop
         take_until(begin)
         ids.extend(given)
-        length = len(text)
         offsets.extend(
-            (min(a + begin, length), min(b + begin, length)) for a, b in reads.offsets
+            (min(max(a + shift, begin), stop), min(max(b + shift, begin), stop))
+            for a, b in reads.offsets
         )
         numbers.extend([number] * len(given))
-        done = min(begin + len(reads.text), length)
+        done = stop
     take_until(len(text))
     return RenderedChat(
         tuple(ids),

@@ -171,6 +171,69 @@ class TestChatTraceInput:
         assert after.ids[len(pieces) :] == plain.ids[len(tokenizer.encode("So Ana.")) :]
         assert messages[2]["token_ids"]  # what came is as it was
 
+    def test_tokens_around_those_ids_are_those_of_the_whole(self):
+        """Pieces read alone would begin with a space of SentencePiece's own."""
+        tokenizer = tiny_tokenizer("sentencepiece")
+        tokenizer.chat_template = CHAT_TEMPLATE
+        plain = ChatTraceInput(MESSAGES, tokenizer)
+        whole = [*plain.inp_tensor[0].tolist(), *plain.continuation.ids]
+        messages = [dict(message) for message in MESSAGES]
+        wrote = plain.continuation
+        messages[2]["token_ids"] = [
+            token
+            for token, message in zip(
+                whole, plain.message_of_token[: len(whole)], strict=True
+            )
+            if message == 2
+        ]
+        inp = ChatTraceInput(messages, tokenizer)
+        assert [*inp.inp_tensor[0].tolist(), *inp.continuation.ids] == whole
+        assert inp.continuation.text == wrote.text
+        assert (inp.continuation.generated == wrote.generated).all()
+
+    @pytest.mark.parametrize("around", ["So Ana. \n", "\nSo Ana.", "  So Ana.  "])
+    def test_a_template_may_trim_what_the_ids_read(self, around):
+        """The ids stay, all of them, and belong to the message."""
+        tokenizer = tiny_tokenizer("bpe")
+        tokenizer.chat_template = CHAT_TEMPLATE
+        assert "| trim" in CHAT_TEMPLATE
+        messages = [dict(message) for message in MESSAGES]
+        ids = tokenizer.encode(around)
+        messages[2] |= {"content": around, "token_ids": ids}
+        inp = ChatTraceInput(messages, tokenizer)
+        after = inp.continuation
+        text = inp.token_text.text + after.text.text
+        plain = ChatTraceInput(MESSAGES, tokenizer)
+        assert text == plain.token_text.text + plain.continuation.text.text
+        assert list(after.ids[: len(ids)]) == ids
+        assert after.generated[: len(ids)].all()
+        assert not after.generated[len(ids)]
+        spans = np.array(after.text.offsets)
+        assert (np.diff(spans[:, 0]) >= 0).all()
+        assert (spans[:, 0] <= spans[:, 1]).all()
+
+    def test_thoughts_that_the_template_lays_out_anew_are_refused(self):
+        """They would be fixed text; where they are dropped, the rest is attributed."""
+        tokenizer = tiny_tokenizer("bpe")
+        shown = "{{ m['content'].split('</think>')[-1].strip() }}"
+        thought = "{{ m['content'].split('</think>')[0].split('<think>')[-1] }}"
+        plain = "{{ m['content'] | trim }}"
+        other = "{% if '</think>' not in m['content'] %}" + plain + "{% else %}"
+        messages = [dict(message) for message in MESSAGES]
+        messages[4]["content"] = "<think>Mia has 4.</think>Ana has 7."
+        assert plain in CHAT_TEMPLATE
+        tokenizer.chat_template = CHAT_TEMPLATE.replace(
+            plain, other + "(" + thought + ")" + shown + "{% endif %}"
+        )
+        with pytest.raises(ValueError, match=r"messages\[4\]: the chat template must"):
+            ChatTraceInput(messages, tokenizer)
+        tokenizer.chat_template = CHAT_TEMPLATE.replace(
+            plain, other + shown + "{% endif %}"
+        )
+        inp = ChatTraceInput(messages, tokenizer)
+        assert inp.continuation.text.text.endswith("Ana has 7.")
+        assert "Mia has 4.<" not in inp.continuation.text.text
+
     @pytest.mark.parametrize(
         ("changed", "arguments", "match"),
         [
