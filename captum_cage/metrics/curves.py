@@ -116,7 +116,8 @@ def monotone(scores: ArrayLike) -> Array:
     scale = abs(heights[0] - heights[-1])
     if scale == 0.0:
         return np.zeros(heights.size)
-    scaled = np.clip((heights - heights[-1]) / scale, 0.0, 1.0)
+    with np.errstate(over="ignore"):  # a scale of next to nothing: clipped
+        scaled = np.clip((heights - heights[-1]) / scale, 0.0, 1.0)
     found: Array = np.minimum.accumulate(scaled)
     return found
 
