@@ -686,10 +686,8 @@ class TestEngine:
         check_engine(llm_attr, inp, target, **options)
 
     @pytest.mark.parametrize("units", ["token", "word", "sentence"])
-    @pytest.mark.parametrize("arch", ["llama", "gemma3"])
-    def test_sparse_fits_have_the_same_distribution(self, tokenizer, units, arch):
+    def test_sparse_fits_have_the_same_distribution(self, model, tokenizer, units):
         """Units of several tokens are present in their own rows."""
-        model = tiny_model(arch, vocab_size=len(tokenizer))
         llm_attr = LLMAttribution(ContextCite(model), tokenizer)
         inp = TextTokenInput(SHORT, tokenizer)
         target = tokenizer.encode(" Mia has 7")
