@@ -15,6 +15,7 @@ from captum_cage.contrast import Contrast, tokens_of
 from captum_cage.cost import count_sequences, most_sequences
 from captum_cage.foils import Alternative
 from captum_cage.interventions import PathCheck, verify_path
+from captum_cage.metrics.evaluation import Evaluator
 from captum_cage.result import GraphAttributionResult
 from captum_cage.scoring import held, next_token_probabilities
 from captum_cage.strategy import Approximation, Strategy, StrategyName
@@ -113,6 +114,25 @@ class Followup:
                 self.question.contrasts if result.foils else (),
                 **options,
             )
+
+    def evaluator(self, result: GraphAttributionResult, **options: Any) -> Evaluator:
+        """What tests attributions of the same text."""
+        with held(self.task.llm_attr):
+            return Evaluator(self.task, result.explained, **options)
+
+    def repeat(self, result: GraphAttributionResult) -> GraphAttributionResult:
+        """The same question asked anew."""
+        question = self.question
+        if result.explained != question.explained:
+            if result.foils:
+                kept = {foil.unit for foil in result.foils}
+                contrasts = [c for c in question.contrasts if c.foil.unit in kept]
+            else:
+                contrasts = []
+            question = replace(
+                question, explained=result.explained, contrasts=tuple(contrasts)
+            )
+        return self.wrapper.answer(replace(self.task, kept={}), question)
 
     # --- from coarse to fine --------------------------------------------------------
 

@@ -104,6 +104,12 @@ class FollowUp(Protocol):
     ) -> Any:
         """Whether a path is real."""
 
+    def evaluator(self, result: GraphAttributionResult, **options: Any) -> Any:
+        """What tests attributions of the same text."""
+
+    def repeat(self, result: GraphAttributionResult) -> GraphAttributionResult:
+        """The same question asked anew."""
+
 
 class GraphAttributionResult(LLMAttributionResult):
     """Attribution of generated text to its sources along all paths.
@@ -490,6 +496,72 @@ class GraphAttributionResult(LLMAttributionResult):
             ValueError: if it is no path of this result, or the result was loaded.
         """
         return self._again("verify_path").verify_path(self, path, **options)
+
+    def evaluate(
+        self,
+        metrics: str | Sequence[str] | None = None,
+        *,
+        others: Mapping[str, npt.ArrayLike] | None = None,
+        gold: Sequence[Any] | None = None,
+        **options: Any,
+    ) -> Any:
+        """Whether the result says what the model really used.
+
+        Sources are taken away in the order of their scores, the model writes the text
+        again, and what counts is whether the explained statement still comes out. The
+        explained rows alone, all rows, one hop, the nearest sources first and random
+        orders are always measured beside the result.
+
+        Args:
+            metrics (str or Sequence[str], optional): names, as
+                :func:`captum_cage.metrics.metric_names` lists them, or the name of a
+                value for all its metrics. Default: areas of texts written again and of
+                the fixed text
+            others (Mapping, optional): scores of the same sources from elsewhere, such
+                as another library, by name. Default: None
+            gold (Sequence, optional): sources that are known to matter, as positions or
+                ranges of characters in the source text. Default: None
+            **options: ``sources``, ``statement``, ``removal``, ``samples``, ``seed``
+                and others, see :class:`captum_cage.metrics.Evaluator`.
+
+        Returns:
+            Evaluation: a score for each attribution and metric; ``print`` shows them.
+
+        Raises:
+            TypeError: if the model cannot generate, or an argument is of the wrong
+                kind.
+            ValueError: if the result was loaded, the statement does not hold of the
+                text explained, or a metric is unknown.
+        """
+        tested = self.evaluator(**options)
+        return tested.evaluate(self, metrics, gold, others=others or {})
+
+    def evaluator(self, **options: Any) -> Any:
+        """What tests attributions of the explained text, whoever made them.
+
+        Asks the model once for each set of sources, however many attributions and
+        metrics need it.
+
+        Args:
+            **options: see :class:`captum_cage.metrics.Evaluator`.
+
+        Returns:
+            Evaluator: see there.
+
+        Raises:
+            ValueError: if the result was loaded.
+        """
+        return self._again("evaluate").evaluator(self, **options)
+
+    def repeat(self) -> GraphAttributionResult:
+        """The same question about the same text, asked anew.
+
+        All rows are computed again, as the model and the random state are now.
+
+        Raises:
+            ValueError: if the result was loaded.
+        """
+        return self._again("repeat").repeat(self)
 
     def _again(self, where: str) -> FollowUp:
         if self._followup is None:

@@ -31,10 +31,10 @@ LAYERS = (
     {"strategy"},
     {"contrast"},
     {"cost"},
-    {"interventions"},
+    {"interventions", "metrics"},
     {"followup"},
     {"attribution"},
-    {"metrics", "plot", "html", "terminal", "export", "batch", "testing", "demo"},
+    {"plot", "html", "terminal", "export", "batch", "testing", "demo"},
     {"cli"},
 )
 PURE = ("graph", "frontier", "solve")  # of torch, and of what brings it

@@ -24,7 +24,14 @@ from captum_cage.methods.capability import Capability
 from captum_cage.methods.method import UnitMethod
 from captum_cage.text import decode
 
-__all__ = ["OneShotReAGent", "ReAGent", "RefillMethod", "Stretch", "refilled"]
+__all__ = [
+    "MaskedModel",
+    "OneShotReAGent",
+    "ReAGent",
+    "RefillMethod",
+    "Stretch",
+    "refilled",
+]
 
 # Tokens before a stretch that are decoded along with what is written there.
 _CONTEXT = 8
@@ -64,16 +71,21 @@ def refilled(ids: Sequence[int], stretches: Sequence[Stretch]) -> list[int]:
     return [*found, *ids[done:]]
 
 
-class _MaskedModel:
+class MaskedModel:
     """What a masked language model writes into gaps of a text.
 
     Args:
         model: a masked language model of transformers.
         tokenizer: its tokenizer.
         causal_tokenizer: the tokenizer of the ids that are replaced.
+
+    Raises:
+        TypeError: if it is no PyTorch model, or a tokenizer is missing.
+        ValueError: if its tokenizer has no mask token.
     """
 
     def __init__(self, model: Any, tokenizer: Any, causal_tokenizer: Any) -> None:
+        _check_masked(model, tokenizer, causal_tokenizer)
         self._model = model
         self._tokenizer = tokenizer
         self._causal = causal_tokenizer
@@ -211,6 +223,40 @@ class _MaskedModel:
         return [int(i) for i in encoded]
 
 
+def _check_masked(masked_lm: Any, masked_tokenizer: Any, tokenizer: Any) -> None:
+    if not isinstance(masked_lm, nn.Module):
+        raise TypeError(
+            complaint(
+                "masked_lm",
+                "must be a masked language model",
+                f"{shown(masked_lm)} came",
+                "Load one with AutoModelForMaskedLM.",
+            )
+        )
+    for where, given in (
+        ("masked_tokenizer", masked_tokenizer),
+        ("tokenizer", tokenizer),
+    ):
+        if not callable(getattr(given, "encode", None)):
+            raise TypeError(
+                complaint(
+                    where,
+                    "must be a tokenizer",
+                    f"{shown(given)} came",
+                    "Load it from where its model comes from.",
+                )
+            )
+    if getattr(masked_tokenizer, "mask_token_id", None) is None:
+        raise ValueError(
+            complaint(
+                "masked_tokenizer",
+                "must have a mask token",
+                "it has none",
+                "Use a masked language model and its own tokenizer.",
+            )
+        )
+
+
 def _added(context: Sequence[int], ids: Sequence[int], tokenizer: Any) -> str:
     """The text that ids add to the text of those before them."""
     before = decode(list(context), tokenizer)
@@ -260,38 +306,7 @@ class RefillMethod(UnitMethod):
         self, model: Any, masked_lm: Any, masked_tokenizer: Any, tokenizer: Any
     ) -> None:
         super().__init__(model)
-        if not isinstance(masked_lm, nn.Module):
-            raise TypeError(
-                complaint(
-                    "masked_lm",
-                    "must be a masked language model",
-                    f"{shown(masked_lm)} came",
-                    "Load one with AutoModelForMaskedLM.",
-                )
-            )
-        for where, given in (
-            ("masked_tokenizer", masked_tokenizer),
-            ("tokenizer", tokenizer),
-        ):
-            if not callable(getattr(given, "encode", None)):
-                raise TypeError(
-                    complaint(
-                        where,
-                        "must be a tokenizer",
-                        f"{shown(given)} came",
-                        "Load it from where its model comes from.",
-                    )
-                )
-        if getattr(masked_tokenizer, "mask_token_id", None) is None:
-            raise ValueError(
-                complaint(
-                    "masked_tokenizer",
-                    "must have a mask token",
-                    "it has none",
-                    "Use a masked language model and its own tokenizer.",
-                )
-            )
-        self._masked = _MaskedModel(masked_lm, masked_tokenizer, tokenizer)
+        self._masked = MaskedModel(masked_lm, masked_tokenizer, tokenizer)
 
     def refill(
         self, ids: Sequence[int], tokens: npt.NDArray[np.intp], prompt_length: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, TypeAlias
 
@@ -23,7 +23,7 @@ from captum_cage.methods.attention import (
 from captum_cage.methods.capability import Capability
 from captum_cage.methods.method import UnitMethod
 
-__all__ = ["AttentionSuppression", "Effect"]
+__all__ = ["AttentionSuppression", "Effect", "hidden_tokens"]
 
 Effect: TypeAlias = Literal["kl", "log_prob"]
 
@@ -123,18 +123,7 @@ class AttentionSuppression(UnitMethod):
             inside (Tensor): whether each token that is read, or kept from before,
                 belongs to the unit; one row per sequence, shape ``(B, K)``, bool.
         """
-        hidden_by_device: dict[tuple[torch.device, int], Tensor] = {}
-
-        def attend(inputs: AttentionInputs) -> Tensor:
-            queries = inputs.query.shape[2]
-            key = (inputs.query.device, queries)
-            if key not in hidden_by_device:
-                here = inside.to(inputs.query.device)
-                outside = ~here[:, here.shape[1] - queries :]
-                hidden_by_device[key] = here[:, None, None] & outside[:, None, :, None]
-            return _attended(inputs, inputs.allowed() & ~hidden_by_device[key])
-
-        with replaced_attention(self.model, attend):
+        with hidden_tokens(self.model, inside):
             yield
 
     def change(
@@ -156,6 +145,40 @@ class AttentionSuppression(UnitMethod):
             return found.clamp(min=0).cpu()
         before = causal.log_probabilities(plain, targets)
         return (before - causal.log_probabilities(states, targets)).cpu()
+
+
+@contextmanager
+def hidden_tokens(
+    model: Any, inside: Tensor, length: Callable[[], int] | None = None
+) -> Iterator[None]:
+    """No token outside a group attends to one inside it; as before, afterwards.
+
+    Args:
+        model: a causal language model of transformers.
+        inside (Tensor): whether each token that is read, or kept from before, belongs
+            to the group; one row per sequence, shape ``(B, K)``, bool.
+        length (Callable, optional): number of tokens that a sequence has at a pass,
+            where it grows; those beyond ``inside`` are outside. Default: ``K``
+    """
+    masks: dict[tuple[torch.device, int, int, int], Tensor] = {}
+
+    def attend(inputs: AttentionInputs) -> Tensor:
+        queries, keys = inputs.query.shape[2], inputs.key.shape[2]
+        total = inside.shape[1] if length is None else length()
+        kind = (inputs.query.device, total, queries, keys)
+        if kind not in masks:
+            if any(other[1] != total for other in masks):
+                masks.clear()
+            here = F.pad(inside, (0, total - inside.shape[1])).to(inputs.query.device)
+            outside = ~here[:, total - queries :]
+            # Layers with a window keep the last keys only.
+            masks[kind] = (
+                here[:, None, None, total - keys :] & outside[:, None, :, None]
+            )
+        return _attended(inputs, inputs.allowed() & ~masks[kind])
+
+    with replaced_attention(model, attend):
+        yield
 
 
 def _attended(inputs: AttentionInputs, allowed: Tensor) -> Tensor:

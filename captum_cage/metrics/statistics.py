@@ -35,7 +35,9 @@ class Estimate:
     level: float = 0.95
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} ({self.low:.3f} to {self.high:.3f})"
+        # Rounded first, so that nothing is not minus nothing.
+        shown = [round(one, 3) + 0.0 for one in (self.mean, self.low, self.high)]
+        return "{:.3f} ({:.3f} to {:.3f})".format(*shown)
 
 
 @dataclass(frozen=True)
