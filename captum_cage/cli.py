@@ -49,6 +49,7 @@ from captum_cage.methods.catalogue import (
     missing_extra,
     needs_argument,
 )
+from captum_cage.metrics import Evaluation
 from captum_cage.result import GraphAttributionResult
 from captum_cage.spans import Explain
 from captum_cage.terminal import TerminalView, harmless
@@ -201,6 +202,12 @@ class _Strategy(str, Enum):
     auto = "auto"
     loop = "loop"
     fused = "fused"
+
+
+class _Removal(str, Enum):
+    delete = "delete"
+    baseline = "baseline"
+    suppress = "suppress"
 
 
 class _Part(str, Enum):
@@ -357,6 +364,7 @@ class _Output:
         truth: Collection[Span] = (),
         ends: Collection[Span] = (),
         checks: Collection[PathCheck] = (),
+        evaluation: Evaluation | None = None,
     ) -> None:
         """Write the files, then print the result."""
         if self.save_file is not None:
@@ -365,6 +373,8 @@ class _Output:
             numbers = result.to_dict()
             if checks:
                 numbers["checks"] = [check.to_dict() for check in checks]
+            if evaluation is not None:
+                numbers["evaluation"] = evaluation.to_dict()
             text = json.dumps(numbers, allow_nan=False) + "\n"
             if self.json_file == "-":
                 sys.stdout.write(text)
@@ -374,7 +384,12 @@ class _Output:
             view = TerminalView(
                 result, self.top, self.paths, seconds, truth, ends, checks
             )
-            _console(self.width).print(view)
+            console = _console(self.width)
+            console.print(view)
+            if evaluation is not None:
+                console.print("", _evaluation_table(evaluation))
+                for note in evaluation.notes:
+                    console.print(harmless(note), style="dim", markup=False)
 
     def list_alternatives(self, found: Sequence[Alternative]) -> None:
         """Print what else the model might have written, unless stdout is for JSON."""
@@ -390,6 +405,24 @@ class _Output:
                 harmless(shown, one_line=True) + mark, f"{one.probability:.2%}"
             )
         _console(self.width).print(table, "")
+
+
+def _evaluation_table(evaluation: Evaluation) -> Table:
+    """A row for each metric, a column for each order."""
+    told = f"sources taken away by {evaluation.removal!r}"
+    if evaluation.statement:
+        told += f"; what had to come out again: {evaluation.statement}"
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
+    table.title = Text(f"Is it true? ({harmless(told, one_line=True)})")
+    table.add_column("metric (↑ higher is better, ↓ lower)")
+    for order in evaluation.scores:
+        table.add_column(order, justify="right")
+    for name, info in evaluation.metrics.items():
+        way = "↑" if info.higher_is_better else "↓"
+        mark = " †" if info.untrusted else ""
+        cells = [str(found[name]) for found in evaluation.scores.values()]
+        table.add_row(f"{name} {way}{mark}", *cells)
+    return table
 
 
 def _console(width: int | None) -> Console:
@@ -653,6 +686,34 @@ def explain(
             rich_help_panel=_OUTPUT,
         ),
     ] = 0,
+    evaluate: Annotated[
+        bool,
+        typer.Option(
+            "--evaluate",
+            help="Test the result: sources are taken away and the model writes again.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = False,
+    statement: Annotated[
+        str | None,
+        typer.Option(
+            "--statement",
+            show_default=False,
+            metavar="TEXT|/REGEX/",
+            help="What must come out again with --evaluate: a text, or a pattern whose "
+            "groups must be the same. Default: the explained text.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    removal: Annotated[
+        _Removal | None,
+        typer.Option(
+            "--removal",
+            show_default=False,
+            help="How --evaluate takes sources away. Default: delete.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
     alternatives: Annotated[
         str | None,
         typer.Option(
@@ -740,6 +801,11 @@ def explain(
         raise ValueError(
             "--system: is a message of a chat, so it needs --chat. Add it."
         )
+    if not evaluate and (statement is not None or removal is not None):
+        raise ValueError(
+            "--statement, --removal: say how a result is tested. Add --evaluate."
+        )
+    wanted = _pattern("--statement", statement)
     if [prompt, target, system, messages].count("-") > 1:
         raise ValueError(
             "--prompt: stdin can be read once. Put the other text in a file."
@@ -800,7 +866,18 @@ def explain(
             "note: the prompt is one unit, so all of the mass goes there. Smaller "
             "units tell more: --units word, or --units token."
         )
-    output.write(result, time.perf_counter() - start, checks=checks)
+    seconds = time.perf_counter() - start
+    evaluation = None
+    if evaluate:
+        evaluation = result.evaluate(
+            statement=wanted,
+            removal=None if removal is None else removal.value,
+            gen_args={"max_new_tokens": max_new_tokens} if max_new_tokens else None,
+            seed=seed,
+            batch_size=batch_size,
+            show_progress=output.shows_progress,
+        )
+    output.write(result, seconds, checks=checks, evaluation=evaluation)
 
 
 def _question(explain: str | None, part: _Part | None) -> Explain:
@@ -944,6 +1021,23 @@ def _counts(
     return options, kwargs
 
 
+def _pattern(option: str, text: str | None) -> str | re.Pattern[str] | None:
+    """A text, or a pattern between slashes."""
+    if text is None or len(text) < 2 or not text[0] == text[-1] == "/":
+        return text
+    try:
+        return re.compile(text[1:-1])
+    except re.error as error:
+        raise ValueError(
+            complaint(
+                option,
+                "a text between slashes must be a regular expression",
+                f"{text!r} came ({error})",
+                "Escape what is meant as it is, for example \\( for a bracket.",
+            )
+        ) from error
+
+
 def _span(text: str | None) -> Explain:
     """What ``--explain`` means, in a form that ``explaining`` takes."""
     if text is None:
@@ -952,19 +1046,7 @@ def _span(text: str | None) -> Explain:
         return int(text)
     if ends := re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
         return slice(*(None if end is None else int(end) for end in ends.groups()))
-    if len(text) > 1 and text[0] == text[-1] == "/":
-        try:
-            return re.compile(text[1:-1])
-        except re.error as error:
-            raise ValueError(
-                complaint(
-                    "--explain",
-                    "a text between slashes must be a regular expression",
-                    f"{text!r} came ({error})",
-                    "Escape what is meant as it is, for example \\( for a bracket.",
-                )
-            ) from error
-    return text
+    return _pattern("--explain", text)
 
 
 def _text(option: str, value: str) -> str:

@@ -90,10 +90,11 @@ class Example:
                     "Explain the text of this example.",
                 )
             )
-        units = [unit for unit in result.units if not unit.generated]
+        first = int(result.graph.generated_units[0])
         return [
             place
-            for place, unit in enumerate(units)
+            # Other sources stand in the text after the prompt.
+            for place, unit in enumerate(result.units[:first])
             if unit.span is not None
             and any(
                 start + shift < unit.span[1] and unit.span[0] < stop + shift
@@ -440,7 +441,7 @@ def _json_records(path: Path) -> Iterator[dict[str, Any]]:
     try:
         whole = json.loads(text) if path.suffix == ".json" else None
         if whole is None:
-            whole = [json.loads(line) for line in text.splitlines() if line.strip()]
+            whole = [json.loads(line) for line in text.split("\n") if line.strip()]
     except json.JSONDecodeError as error:
         raise ValueError(
             complaint(

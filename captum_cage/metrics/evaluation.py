@@ -16,6 +16,7 @@ from captum_cage._checks import (
     complaint,
     finite_vector,
     one_of,
+    real_array,
     shown,
     whole_number,
 )
@@ -447,19 +448,20 @@ class Evaluator:
 
         Raises:
             TypeError: if scores are no numbers.
-            ValueError: if a metric is unknown, or shapes do not fit.
+            ValueError: if a metric is unknown, shapes do not fit, or two attributions
+                have the same name.
         """
         if isinstance(tested, GraphAttributionResult):
             tested = orders_of(tested)
         orders = {**tested, **(others or {})}
+        _check_names(tested, others or {})
         infos = self._asked(metrics, gold is not None)
-        if any(_value_of(name) == "regenerated" for name in infos):
-            _ = self._statement  # which must hold of the text explained
         known = self._gold(gold)
         given = {name: self._scores(name, scores) for name, scores in orders.items()}
         rng = np.random.default_rng([self._sampling.seed, 1])
         size = len(self._candidates)
         random = [rng.permutation(size).astype(np.float64) for _ in range(self._random)]
+        self._refuse_early(infos, known)
         scores: dict[str, dict[str, Score]] = {name: {} for name in given}
         curves: dict[tuple[str, str], Array] = {}
         places: dict[str, Array] = {}
@@ -497,6 +499,16 @@ class Evaluator:
         if reached <= without:
             warnings.warn(found.notes[0], stacklevel=2)
         return found
+
+    def _refuse_early(self, infos: Iterable[str], gold: list[int]) -> None:
+        """Raise whatever the metrics would raise, before any model call."""
+        for name in infos:
+            if name in TRUTH:
+                TRUTH[name](np.zeros(len(self._candidates)), gold)
+            else:
+                self.value(_value_of(name))
+            if _value_of(name) == "regenerated":
+                _ = self._statement  # which must hold of the text explained
 
     def _reached(self, infos: Iterable[str]) -> tuple[float, float]:
         if "regenerated" not in map(_value_of, infos):
@@ -536,26 +548,26 @@ class Evaluator:
         return found
 
     def _scores(self, name: str, scores: npt.ArrayLike) -> Array:
-        listed = np.asarray(scores)
+        where = f"orders[{name!r}]"
+        listed = real_array(where, scores)
         count = self._remover.n_sources
         if listed.shape == (count,) and count != len(self._candidates):
             listed = listed[self._candidates]
-        return finite_vector(
-            f"orders[{name!r}]", listed, len(self._candidates), entry="source"
-        )
+        return finite_vector(where, listed, len(self._candidates), entry="source")
 
     def _gold(self, gold: Gold | None) -> list[int]:
         if gold is None:
             return []
-        units = [*self.task.sources.units]
-        units += [unit for unit in self.task.steps.units if not unit.generated]
+        count = self._remover.n_sources
+        remedy = f"There are {count} sources."
         places: set[int] = set()
         for one in gold:
             if isinstance(one, tuple):
-                start, stop = one
+                start, stop = _span(one)
                 inside = {
                     place
-                    for place, unit in enumerate(units)
+                    # Other units stand in the text after the prompt.
+                    for place, unit in enumerate(self.task.sources.units)
                     if unit.span is not None
                     and start < unit.span[1]
                     and unit.span[0] < stop
@@ -571,8 +583,7 @@ class Evaluator:
                     )
                 places |= inside
             else:
-                remedy = f"There are {len(units)} sources."
-                places.add(whole_number("gold", one, stop=len(units), remedy=remedy))
+                places.add(whole_number("gold", one, stop=count, remedy=remedy))
         rank = {place: number for number, place in enumerate(self._candidates.tolist())}
         outside = sorted(places - rank.keys())
         if outside or not places:
@@ -639,6 +650,35 @@ class _Recorder:
         # Any numbers will do, but constant ones.
         numbers: Array = kept.sum(axis=1, keepdims=True).astype(np.float64)
         return numbers
+
+
+def _check_names(tested: Iterable[str], others: Iterable[str]) -> None:
+    names = [RANDOM, *tested, *others]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                complaint(
+                    "orders",
+                    "must have names of their own",
+                    f"{name!r} came, which is taken",
+                    "Pass another name.",
+                )
+            )
+
+
+def _span(given: tuple[Any, ...]) -> Span:
+    if len(given) != 2:
+        raise ValueError(
+            complaint(
+                "gold",
+                "a range must be a pair (start, stop) of characters",
+                f"{shown(given)} came",
+                "Pass ranges of characters in the source text.",
+            )
+        )
+    remedy = "Pass ranges of characters in the source text."
+    start, stop = (whole_number("gold", end, remedy=remedy) for end in given)
+    return start, stop
 
 
 def _value_of(name: str) -> str:

@@ -32,8 +32,10 @@ _SPARE = 16  # tokens that a new turn may have beyond twice those of the old one
 # What would make the texts depend on each other, or on more than seed and sample.
 _REFUSED = (
     *("do_sample", "num_beams", "num_return_sequences", "temperature", "top_k"),
-    *("top_p", "return_dict_in_generate"),
+    *("top_p", "return_dict_in_generate", "seed"),
 )
+# Texts that end by these go on in a batch until all have ended.
+_ALONE = ("stop_strings", "stopping_criteria")
 
 Bools = npt.NDArray[np.bool_]
 
@@ -90,9 +92,8 @@ class _Noise(LogitsProcessor):
         self._temperature = sampling.temperature
         self._streams = []
         for sample in self._samples:
-            entropy = np.random.SeedSequence([sampling.seed, sample, turn])
-            number = int(entropy.generate_state(1, np.uint64)[0]) >> 1
-            self._streams.append(torch.Generator().manual_seed(number))
+            stream = torch.Generator().manual_seed(_seed(sampling, sample, turn))
+            self._streams.append(stream)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         del input_ids
@@ -107,6 +108,11 @@ class _Noise(LogitsProcessor):
         rows = noise[self._row].to(scores.device)
         noisy: Tensor = scores.double() / self._temperature + rows
         return noisy
+
+
+def _seed(sampling: Sampling, sample: int, turn: int) -> int:
+    entropy = np.random.SeedSequence([sampling.seed, sample, turn])
+    return int(entropy.generate_state(1, np.uint64)[0]) >> 1
 
 
 class Written(NamedTuple):
@@ -189,6 +195,8 @@ class Regenerator:
         device = torch.device(getattr(self._llm_attr, "device", None) or "cpu")
         kind = device.type if device.type in _TOGETHER else "cuda"
         self._most = batch_size or _TOGETHER[kind]
+        if any(name in self._gen_args for name in _ALONE):
+            self._most = 1
         self._device = device
         self._kept: dict[bytes, tuple[Written, ...]] = {}
         self.sequences = 0
@@ -197,10 +205,11 @@ class Regenerator:
         edges = np.flatnonzero(np.diff(written, prepend=False, append=False))
         turns = edges.reshape(-1, 2)
         asked = int(np.searchsorted(turns[:, 0], last, side="right"))
-        self._turns: list[tuple[int, int]] = [
-            (int(a), int(b)) for a, b in turns[:asked]
-        ]
-        self._ends = self._end_ids()
+        self._ids = [*self._task.prompt.ids, *self._task.generated][-len(written) :]
+        self._own_ends = self._model_ends()
+        self._special = special_ids(self._llm_attr.tokenizer)
+        self._turns = [self._without_end(int(a), int(b)) for a, b in turns[:asked]]
+        self._ends = [self._ends_of(stop) for _, stop in self._turns]
 
     def _check(self) -> None:
         refused = [name for name in _REFUSED if name in self._gen_args]
@@ -224,8 +233,8 @@ class Regenerator:
                 )
             )
 
-    def _end_ids(self) -> list[set[int]]:
-        """Ids at which each turn ends: the model's own, and the one that came next."""
+    def _model_ends(self) -> set[int]:
+        """Ids at which the model ends any turn."""
         model: Any = self._llm_attr.model
         own = self._gen_args.get("eos_token_id")
         if own is None:
@@ -233,16 +242,18 @@ class Regenerator:
                 getattr(model, "generation_config", None), "eos_token_id", None
             )
         listed = own if isinstance(own, list | tuple) else [own]
-        ends = {int(i) for i in listed if i is not None}
-        generated = [*self._task.prompt.ids, *self._task.generated]
-        if len(self._remover.written) == len(self._task.generated):
-            generated = list(self._task.generated)
-        special = special_ids(self._llm_attr.tokenizer)
-        found = []
-        for _, stop in self._turns:
-            after = {generated[stop]} if stop < len(generated) else set()
-            found.append(ends | (after & special))
-        return found
+        return {int(i) for i in listed if i is not None}
+
+    def _without_end(self, start: int, stop: int) -> tuple[int, int]:
+        """A turn without the marks that end it, which stay whatever is written."""
+        marks = self._own_ends | self._special
+        while stop > start and self._ids[stop - 1] in marks:
+            stop -= 1
+        return start, stop
+
+    def _ends_of(self, stop: int) -> set[int]:
+        """Ids at which a turn ends: the model's own, and the mark that came next."""
+        return self._own_ends | (self._special & set(self._ids[stop : stop + 1]))
 
     def drafts(self, kept: Bools) -> list[tuple[Written, ...]]:
         """The turn that is asked for, by sample, for each set of sources.
@@ -339,7 +350,7 @@ class Regenerator:
     ) -> list[list[int]]:
         arguments: dict[str, Any] = {"max_new_tokens": most, **self._gen_args}
         if self._remote:
-            return [self._from_afar(draft, arguments) for draft in drafts]
+            return [self._from_afar(draft, turn, arguments) for draft in drafts]
         model: Any = self._llm_attr.model
         room = (context_length(model) or 2**30) - len(drafts[0].ids)
         if drafts[0].changed.model_input is None:
@@ -354,7 +365,7 @@ class Regenerator:
                     )
                 )
             arguments["max_new_tokens"] = min(arguments["max_new_tokens"], room)
-        arguments["do_sample"] = False
+        arguments |= {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
         ends = sorted(self._ends[turn])
         if ends:
             arguments["eos_token_id"] = ends
@@ -390,8 +401,18 @@ class Regenerator:
         rows: list[list[int]] = sequences[:, ids.shape[1] :].tolist()
         return rows
 
-    def _from_afar(self, draft: _Draft, arguments: dict[str, Any]) -> list[int]:
-        tokenizer = self._llm_attr.tokenizer
+    def _from_afar(
+        self, draft: _Draft, turn: int, arguments: Mapping[str, Any]
+    ) -> list[int]:
+        tokenizer, sampling = self._llm_attr.tokenizer, self._sampling
+        # Servers sample unless told otherwise.
+        drawn: dict[str, Any] = {"do_sample": False, "temperature": 0.0}
+        if sampling.samples is not None:
+            drawn = {
+                "do_sample": True,
+                "temperature": sampling.temperature,
+                "seed": _seed(sampling, draft.sample, turn),
+            }
         given = draft.changed.model_input
         if given is None:
             given = torch.tensor([draft.ids])
@@ -399,7 +420,7 @@ class Regenerator:
         else:
             later = draft.ids
         text = text_before(given, self._task.prompt, later, [], tokenizer)
-        answer = self._llm_attr.provider.generate(text, **arguments)
+        answer = self._llm_attr.provider.generate(text, **arguments, **drawn)
         found: list[int] = tokenizer.encode(answer, add_special_tokens=False)
         return found
 

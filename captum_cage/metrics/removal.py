@@ -217,10 +217,12 @@ class Remover:
         stretches = []
         cuts = np.flatnonzero(np.diff(self.written, prepend=True, append=True))
         for start, stop in zip(cuts[::2], cuts[1::2], strict=True):
-            tokens = start + np.flatnonzero(gone[start:stop])
-            if len(tokens) and self._masked is not None:
-                context = self._ids[:stop].tolist()
-                stretches += self._masked.stretches(context, tokens)
+            if gone[start:stop].any() and self._masked is not None:
+                # What is gone before it is masked, too, or it could be copied.
+                found = self._masked.stretches(
+                    self._ids[:stop].tolist(), np.flatnonzero(gone[:stop])
+                )
+                stretches += [one for one in found if one.start >= start]
         ids = refilled(self._ids.tolist(), stretches)
         places = refilled(
             list(range(len(self._ids))),

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from captum_cage._checks import complaint, shown
 
 __all__ = ["Predicate", "Statement"]
@@ -20,7 +22,7 @@ class Statement:
         predicate (str or re.Pattern or Callable, optional): a text that must occur; a
             pattern that must be found and, where it has groups, whose last match must
             have the groups that it has in the text explained (the number in
-            ``\\boxed{(.*?)}``); or a function of the text. What the function gives is
+            ``\boxed{(.*?)}``); or a function of the text. What the function gives is
             taken as it is if it is a ``bool``, or a ``float`` in [0, 1]; anything else,
             such as a number or the name of a class, must be what it gives for the text
             explained. Default: the explained texts themselves, as they are
@@ -35,7 +37,7 @@ class Statement:
         >>> text = "She has 3 + 4 = 7 pens. The answer is 7."
         >>> Statement(None, text, ["The answer is 7."])("The answer is 7.")
         1.0
-        >>> Statement(re.compile(r"answer is (\\d+)"), text)("So the answer is 9.")
+        >>> Statement(re.compile(r"answer is (\d+)"), text)("So the answer is 9.")
         0.0
     """
 
@@ -48,7 +50,7 @@ class Statement:
             self._pieces = tuple(piece.strip() for piece in explained if piece.strip())
             self._reached = self._has_pieces
         elif isinstance(predicate, str):
-            self._pieces = (predicate,)
+            self._pieces = (predicate,) if predicate.strip() else ()
             self._reached = self._has_pieces
         elif isinstance(predicate, re.Pattern):
             self._pattern = predicate
@@ -97,9 +99,9 @@ class Statement:
 
     def _agrees(self, text: str) -> float:
         found = self._function(text)
-        if isinstance(found, bool):
+        if isinstance(found, bool | np.bool_):
             return float(found)
-        if isinstance(found, float):
+        if isinstance(found, float | np.floating):
             if not 0.0 <= found <= 1.0:
                 raise ValueError(
                     complaint(
@@ -109,7 +111,7 @@ class Statement:
                         "Return a bool, a probability, or what the text says.",
                     )
                 )
-            return found
+            return float(found)
         return float(found is not None and found == self._wanted)
 
 
@@ -117,6 +119,10 @@ def _occurs(piece: str, text: str) -> bool:
     """Whether a text occurs as it is, not as a part of a longer word or number."""
     start = r"(?<!\w)" if piece[:1].isalnum() else ""
     stop = r"(?!\w)" if piece[-1:].isalnum() else ""
+    if piece[:1].isdigit():
+        start += r"(?<!\d[.,])"
+    if re.search(r"\d[.,]?$", piece):  # "is 7." does not occur in "is 7.5"
+        stop += r"(?![.,]?\d)"
     return re.search(start + re.escape(piece) + stop, text) is not None
 
 

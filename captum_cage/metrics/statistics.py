@@ -11,6 +11,9 @@ from scipy.stats import bootstrap, false_discovery_control, wilcoxon
 
 from captum_cage._checks import complaint, real_array, whole_number
 
+# Share of the differences that their spread has where they are all alike.
+_ROUNDING = 1e-12
+
 __all__ = ["Comparison", "Estimate", "compare", "compare_all", "estimate"]
 
 
@@ -169,6 +172,8 @@ def compare(
     found = estimate(difference, level=level, resamples=resamples, seed=seed)
     sign = difference if higher_is_better else -difference
     spread = difference.std(ddof=1) if difference.size > 1 else 0.0
+    if spread <= _ROUNDING * np.abs(difference).max():
+        spread = 0.0
     p = 1.0 if not difference.any() else float(wilcoxon(difference).pvalue)
     return Comparison(
         found,

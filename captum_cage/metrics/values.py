@@ -20,7 +20,7 @@ from captum_cage.metrics.regeneration import Regenerator, Written
 from captum_cage.metrics.removal import ChangedText, Remover
 from captum_cage.metrics.statement import Statement
 from captum_cage.scoring import scores_after
-from captum_cage.text import decode, read_tokens, sentence_spans
+from captum_cage.text import decode, read_tokens, sentence_spans, special_ids
 
 __all__ = [
     "SHOWS",
@@ -152,7 +152,9 @@ class Probability(Value):
         self._target = list(target)
         self._sentences = len(sentence_spans(before))
         self._llm_attr = llm_attr
-        self._text = decode(target, llm_attr.tokenizer).strip()
+        special = special_ids(llm_attr.tokenizer)
+        words = [token for token in target if token not in special]
+        self._text = decode(words, llm_attr.tokenizer).strip()
 
     def _values(self, kept: Bools) -> Array:
         texts = self._regenerator.drafts(kept)
@@ -248,7 +250,8 @@ class Passes:
         """
         model = CausalModel(self._llm_attr.model, self._llm_attr.device)
         found: dict[int, Array] = {}
-        queue = sorted(range(len(texts)), key=lambda number: len(texts[number].ids))
+        # The longest first, to which the others in its batch are filled up.
+        queue = sorted(range(len(texts)), key=lambda number: -len(texts[number].ids))
         with torch.no_grad():
             while queue:
                 length = len(texts[queue[0]].ids)

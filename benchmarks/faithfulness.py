@@ -1,0 +1,880 @@
+"""How faithful attributions are: methods, ways through the graph, data sets, metrics.
+
+Each example is explained by every base method, and every explanation is tested on the
+same sets of sources that are taken away: the model writes again (``regenerated``), or
+the text stays fixed (``span``, ``response``). ::
+
+    python benchmarks/faithfulness.py --out runs/demo            # the demo model
+    python benchmarks/faithfulness.py --out runs/demo --docs     # and the page of docs
+    python benchmarks/faithfulness.py --model Qwen/Qwen3-4B --datasets math --out runs/q
+    python benchmarks/faithfulness.py --paper --out runs/paper   # the paper's tables
+    python benchmarks/faithfulness.py --smoke                    # for CI
+
+A run that was interrupted goes on where it stopped. Other libraries are scored alike,
+through files: ``--export`` writes the examples, ``benchmarks/rivals.py`` reads them in
+the library's own environment, and ``--rivals`` takes its scores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import captum
+import numpy as np
+import numpy.typing as npt
+import scipy
+import torch
+import transformers
+from captum.attr import InterpretableInput, TextTokenInput
+from ground_truth import trained_masked_lm
+from tqdm import tqdm
+
+from captum_cage import (
+    AttributionGraph,
+    ChatTokenInput,
+    GraphAttributionResult,
+    GraphContextAttribution,
+)
+from captum_cage.demo import examples as demo_examples
+from captum_cage.demo import load_demo
+from captum_cage.methods.catalogue import llm_attribution, method_named, needs_argument
+from captum_cage.metrics import (
+    calibrate_metric,
+    compare_all,
+    estimate,
+    orders_of,
+)
+from captum_cage.metrics.datasets import (
+    LOADERS,
+    Example,
+    facts,
+    needles,
+    unrelated,
+    variable_tracking,
+)
+
+FloatArray = npt.NDArray[np.float64]
+
+ROOT = Path(__file__).parents[1]
+GENERATED = "<!-- what follows is written by benchmarks/faithfulness.py --docs -->"
+DEMO = "demo"
+BASELINES = ("truth", "nearest", "random")
+WAYS = ("marginalised", "one hop", "signed", "sequence", "direct")
+METRICS = (
+    *("auroc", "coverage", "recovery"),
+    *("regenerated: deletion", "regenerated: insertion", "regenerated: rise"),
+    *("regenerated: mas", "span: rise", "span: mas", "response: rise", "response: mas"),
+)
+TRUTH = ("auroc", "coverage", "recovery")
+HIGHER = {"auroc", "coverage", "recovery", "regenerated: insertion"}
+POINTS = np.linspace(0.0, 1.0, 11)
+# What must hold on two questions: against what, by which metric.
+CLAIMS = {
+    "auroc": ("direct", "sequence", "one hop"),
+    "regenerated: deletion": ("direct", "sequence", "one hop"),
+    "coverage": ("direct",),
+}
+# Facts of common knowledge, for the Facts recipe.
+FACTS = (
+    "Water boils at 100 degrees Celsius at sea level.",
+    "The Moon orbits the Earth about once a month.",
+    "Honey bees tell each other where food is by dancing.",
+    "The heart of an adult beats about 70 times a minute at rest.",
+    "Iron rusts when it meets water and air.",
+    "The Nile flows north into the Mediterranean Sea.",
+    "A chess board has 64 squares.",
+    "Sound travels faster in water than in air.",
+    "Bamboo is a kind of grass.",
+    "The Great Wall of China was built over many centuries.",
+    "Light from the Sun takes about eight minutes to reach the Earth.",
+    "Octopuses have three hearts.",
+    "Gold does not tarnish in air.",
+    "The piano has 88 keys in its modern form.",
+    "Penguins live mostly in the southern half of the world.",
+    "Salt lowers the freezing point of water.",
+    "The longest bone of the body is in the thigh.",
+    "Mount Everest rises on the border of Nepal and China.",
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A base method as it is measured.
+
+    Attributes:
+        name (str): its name in the catalogue.
+        kwargs (Mapping): for ``attribute``.
+        label (str): what tables call it.
+    """
+
+    name: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    def __str__(self) -> str:
+        return self.label or self.name
+
+
+CASES = (
+    Case("attnlrp", label="AttnLRP"),
+    Case("attention-suppression", label="suppression"),
+    Case("ablation"),
+    Case("integrated-gradients", {"n_steps": 20}, "IG (paper)"),
+    Case("attention-x-ig", {"n_steps": 20}, "attention x IG (paper)"),
+    Case("clp-cage", label="CLP (paper)"),
+    Case("one-shot-reagent", label="ReAGent (paper)"),
+    Case("ifr", label="IFR"),
+    Case("c-lime", label="C-LIME"),
+)
+PAPER_CASES = (
+    *("integrated-gradients", "ablation", "clp-cage", "one-shot-reagent"),
+    "attention-x-ig",
+)
+PAPER_MODELS = (
+    *("meta-llama/Llama-3.2-3B-Instruct", "meta-llama/Llama-3.1-8B-Instruct"),
+    *("Qwen/Qwen3-4B", "Qwen/Qwen3-8B"),
+)
+PAPER_DATA = {"facts": 84, "math": 1258, "morehopqa": 1118}
+PAPER_AGGREGATES = (
+    "The paper (arXiv:2512.15663) gives: gains over the base method of up to 40% on "
+    "average; coverage better in 17 of 20 pairs of model and base method, faithfulness "
+    "(RISE and MAS) in 40 of 40."
+)
+
+
+# --- examples -------------------------------------------------------------------------
+
+
+def alternating(examples: Iterable[Example]) -> Iterator[Example]:
+    """One answer of each problem: the first of one, the second of the next."""
+    by_prompt: dict[str, list[Example]] = {}
+    for example in examples:
+        by_prompt.setdefault(example.prompt, []).append(example)
+    for number, several in enumerate(by_prompt.values()):
+        yield several[number % len(several)]
+
+
+def of_demo(kind: str) -> Callable[[int, int], Iterator[Example]]:
+    """Problems of the demo model, one answer of each."""
+    return lambda count, seed: alternating(demo_examples(count, seed, kind))
+
+
+def math(count: int, seed: int) -> Iterator[Example]:
+    """GSM8K with an unrelated sentence after every sentence, as the paper has it."""
+    del seed
+    return unrelated(LOADERS["gsm8k"](limit=count))
+
+
+def of_hub(name: str) -> Callable[[int, int], Iterator[Example]]:
+    """The first examples of a public data set."""
+    return lambda count, seed: islice(LOADERS[name](), seed, seed + count)
+
+
+DATASETS: dict[str, Callable[[int, int], Iterator[Example]]] = {
+    "one_question": of_demo("one_question"),
+    "two_questions": of_demo("two_questions"),
+    "facts": lambda count, seed: facts(FACTS, count, seed=seed),
+    "needle": lambda count, seed: needles(FACTS, count, length=20, seed=seed),
+    "variables": lambda count, seed: variable_tracking(count, seed=seed),
+    "math": math,
+    **{name: of_hub(name) for name in ("gsm8k", "multiarith", "hotpotqa", "morehopqa")},
+}
+
+
+# --- one example ----------------------------------------------------------------------
+
+
+@dataclass
+class Bench:
+    """A model, and how its texts are explained and tested.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        chat (bool): whether prompts go through its chat template.
+        options (argparse.Namespace): what was asked for.
+        masked (dict): a masked language model, once a method needs it.
+    """
+
+    model: Any
+    tokenizer: Any
+    chat: bool
+    options: argparse.Namespace
+    masked: dict[str, Any] = field(default_factory=dict)
+
+    def as_input(self, example: Example) -> InterpretableInput:
+        """The input for an example."""
+        if not self.chat:
+            return TextTokenInput(example.prompt, self.tokenizer)
+        end = self.tokenizer.eos_token_id
+        return ChatTokenInput(
+            [{"role": "user", "content": example.prompt}],
+            self.tokenizer,
+            baselines=end,
+            enable_thinking=False,
+        )
+
+    def cage(self, case: Case) -> GraphContextAttribution:
+        """The wrapped base method."""
+        options: dict[str, Any] = {}
+        if needs_argument(method_named(case.name)[0], "masked_lm"):
+            options = self._masked_lm()
+        return GraphContextAttribution(
+            llm_attribution(case.name, self.model, self.tokenizer, **options)
+        )
+
+    def _masked_lm(self) -> dict[str, Any]:
+        if not self.masked:
+            name = self.options.masked_lm
+            if name is None:
+                steps = 2 if self.options.smoke else 600
+                model, tokenizer = trained_masked_lm(load_demo()[1], steps)
+            else:
+                tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+                model = transformers.AutoModelForMaskedLM.from_pretrained(name)
+                model = model.to(self.model.device).eval()
+            self.masked = {"masked_lm": model, "masked_tokenizer": tokenizer}
+        return self.masked
+
+    def explained(
+        self, example: Example, case: Case, ids: list[int] | None
+    ) -> GraphAttributionResult:
+        """The explanation of an example by a base method."""
+        arguments = dict(case.kwargs)
+        if ids is None and example.completion is None:
+            arguments["gen_args"] = {"max_new_tokens": self.options.max_new_tokens}
+        target = example.completion if ids is None else ids
+        result = self.cage(case).attribute(
+            self.as_input(example), target, units="sentence", **arguments
+        )
+        return result.explaining(example.explained_in(result.generated_text))
+
+
+def ways_of(result: GraphAttributionResult) -> dict[str, FloatArray]:
+    """Scores by each way through the same rows."""
+    found = orders_of(result)
+    graph = result.graph
+    signed = AttributionGraph.from_rows(
+        graph.rows, graph.sources, "signed", kept=graph.kept
+    )
+    return {
+        "marginalised": found["result"],
+        "one hop": found["one hop"],
+        "signed": np.asarray(signed.explain(result.weights)),
+        "sequence": found["sequence"],
+        "direct": found["direct"],
+    }
+
+
+def measured(
+    bench: Bench,
+    example: Example,
+    cases: Sequence[Case],
+    rivals: Mapping[str, Sequence[float]],
+    metrics: Sequence[str],
+) -> dict[str, Any]:
+    """Scores of all methods on one example, and what came of the model.
+
+    Returns:
+        dict: ``scores[method][way][metric]``, ``curves`` of texts written again, the
+        seconds of each method and of the test.
+    """
+    options = bench.options
+    orders: dict[str, FloatArray] = {}
+    took: dict[str, float] = {}
+    result: GraphAttributionResult | None = None
+    ids: list[int] | None = None
+    for case in cases:
+        began = time.perf_counter()
+        result = bench.explained(example, case, ids)
+        took[str(case)] = time.perf_counter() - began
+        ids = list(result.evaluator().task.generated)
+        orders |= {f"{case}|{way}": own for way, own in ways_of(result).items()}
+    if result is None:  # only other libraries' scores are new
+        result = bench.explained(example, Case("ablation"), ids)
+    gold = example.gold_in(result)
+    chosen = example.sources_in(result)
+    every = list(range(result.graph.n_sources)) if chosen is None else chosen
+    if gold:
+        truth = np.zeros(result.graph.n_sources)
+        truth[gold] = 1.0
+        orders["truth|"] = truth
+    orders["nearest|"] = np.arange(result.graph.n_sources, dtype=np.float64)
+    for name, theirs in rivals.items():
+        whole = np.zeros(result.graph.n_sources)
+        whole[every] = theirs
+        orders[f"{name}|own"] = whole
+    began = time.perf_counter()
+    tested = result.evaluator(
+        sources=chosen,
+        statement=example.statement,
+        removal=options.removal,
+        samples=options.samples,
+        seed=options.seed,
+        axis=options.axis,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the model does not reach is recorded
+        found = tested.evaluate(
+            orders, [m for m in metrics if gold or m not in TRUTH], gold or None
+        )
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for name, own in found.scores.items():
+        method, _, way = name.partition("|")
+        scores.setdefault(method, {})[way] = {m: s.value for m, s in own.items()}
+    curves = {
+        name: np.interp(POINTS, found.places[name], curve).tolist()
+        for (name, value), curve in found.curves.items()
+        if value == "regenerated"
+    }
+    return {
+        "kind": example.kind,
+        "sources": len(every),
+        "reached": found.reached,
+        "reached_without": found.reached_without,
+        "scores": scores,
+        "curves": curves,
+        "seconds": {**took, "test": time.perf_counter() - began},
+    }
+
+
+# --- records --------------------------------------------------------------------------
+
+
+def read_records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """Finished examples by data set and number; a half-written last line is dropped."""
+    found: dict[tuple[str, int], dict[str, Any]] = {}
+    if not path.exists():
+        return found
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        key = (record["dataset"], record["number"])
+        if key in found:  # more methods of the same example
+            for part in ("scores", "curves", "seconds"):
+                found[key][part] |= record[part]
+        else:
+            found[key] = record
+    return found
+
+
+def run(bench: Bench, cases: Sequence[Case], records_file: Path) -> None:
+    """Measure all examples that have no record yet."""
+    options = bench.options
+    done = read_records(records_file)
+    rivals = read_rivals(options.rivals)
+    records_file.parent.mkdir(parents=True, exist_ok=True)
+    with records_file.open("a", encoding="utf-8") as file:
+        for name in options.datasets:
+            examples = DATASETS[name](options.problems, options.seed)
+            for number, example in enumerate(
+                tqdm(examples, desc=name, total=options.problems)
+            ):
+                known = done.get((name, number), {"scores": {}})["scores"]
+                new = [case for case in cases if str(case) not in known]
+                theirs = {
+                    rival: scores[name, number]
+                    for rival, scores in rivals.items()
+                    if (name, number) in scores and rival not in known
+                }
+                if not new and not theirs:
+                    continue
+                try:
+                    found = measured(bench, example, new, theirs, options.metrics)
+                except ValueError as error:
+                    if options.strict:
+                        raise
+                    tqdm.write(f"{name} {number} left out: {error}")
+                    continue
+                record = {"dataset": name, "number": number, **found}
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def read_rivals(
+    paths: Sequence[Path],
+) -> dict[str, dict[tuple[str, int], list[float]]]:
+    """Scores of other libraries, by their name, data set and number."""
+    found: dict[str, dict[tuple[str, int], list[float]]] = {}
+    for path in paths:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            own = found.setdefault(record["rival"], {})
+            own[record["dataset"], record["number"]] = record["scores"]
+    return found
+
+
+def export(bench: Bench, path: Path) -> None:
+    """Write the examples for other libraries, each with its sources' ranges."""
+    options = bench.options
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for name in options.datasets:
+            examples = DATASETS[name](options.problems, options.seed)
+            for number, example in enumerate(examples):
+                if example.completion is None or example.sources is None:
+                    raise SystemExit(
+                        f"--export: examples of {name} have no fixed text or no named "
+                        "sources. Export data sets that have both."
+                    )
+                record = {
+                    "dataset": name,
+                    "number": number,
+                    "prompt": example.prompt,
+                    "completion": example.completion,
+                    "explain": example.explained_in(example.completion),
+                    "sources": [list(span) for span in example.sources],
+                }
+                file.write(json.dumps(record) + "\n")
+
+
+# --- tables ---------------------------------------------------------------------------
+
+
+def column(
+    records: Sequence[Mapping[str, Any]], method: str, way: str, metric: str
+) -> FloatArray:
+    """One number per example; NaN where there is none."""
+    nothing: dict[str, Any] = {}
+    return np.array(
+        [
+            record["scores"].get(method, nothing).get(way, nothing).get(metric, np.nan)
+            for record in records
+        ]
+    )
+
+
+def methods_in(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Methods that were measured, in the order of the first record."""
+    names = dict.fromkeys(name for record in records for name in record["scores"])
+    return [name for name in names if name not in BASELINES]
+
+
+def marks(calibration: Mapping[str, Any]) -> dict[str, str]:
+    """Why a metric is not to be trusted, of those that are not."""
+    found = calibration.get("metrics", {})
+    return {name: one["untrusted"] for name, one in found.items() if one["untrusted"]}
+
+
+def scores_table(
+    records: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    untrusted: Mapping[str, str],
+) -> str:
+    """A row for each method and way, with 95% intervals over the examples."""
+    heads = [
+        f"{m} {'↑' if m in HIGHER else '↓'}{' †' if m in untrusted else ''}"
+        for m in metrics
+    ]
+    lines = [
+        f"| method | way | {' | '.join(heads)} |",
+        "|---|---|" + "---:|" * len(heads),
+    ]
+    rows = [(name, "") for name in BASELINES]
+    for method in methods_in(records):
+        ways = dict.fromkeys(
+            way for record in records for way in record["scores"].get(method, {})
+        )
+        rows += [(method, way) for way in ways]
+    for method, way in rows:
+        cells = []
+        for metric in metrics:
+            values = column(records, method, way, metric)
+            values = values[np.isfinite(values)]
+            cells.append(str(estimate(values)) if len(values) else "")
+        if any(cells):
+            lines.append(f"| {method} | {way} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def claims_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Marginalised against other ways, pair by pair, and the gain over direct."""
+    lines = [
+        "| method | metric | against | difference (95% interval) | wins, losses, ties "
+        "| effect | p, corrected | holds |",
+        "|---|---|---|---:|---:|---:|---:|---|",
+    ]
+    for method in methods_in(records):
+        for metric, others in CLAIMS.items():
+            own = column(records, method, "marginalised", metric)
+            theirs = {other: column(records, method, other, metric) for other in others}
+            valid = np.isfinite(own)
+            for values in theirs.values():
+                valid &= np.isfinite(values)
+            if valid.sum() < 2:
+                continue
+            found = compare_all(
+                own[valid],
+                {other: values[valid] for other, values in theirs.items()},
+                higher_is_better=metric in HIGHER,
+            )
+            for other, one in found.items():
+                lines.append(
+                    f"| {method} | {metric} | {other} | {one.difference} | {one.wins}, "
+                    f"{one.losses}, {one.ties} | {one.effect:.2f} | "
+                    f"{one.p_corrected:.1e} | {'yes' if one.is_better else 'no'} |"
+                )
+    return "\n".join(lines)
+
+
+def gains_table(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
+    """Mean relative gain of marginalised over direct, by method and metric."""
+    lines = [
+        f"| method | {' | '.join(metrics)} |",
+        "|---|" + "---:|" * len(metrics),
+    ]
+    for method in methods_in(records):
+        cells = []
+        for metric in metrics:
+            own = np.nanmean(column(records, method, "marginalised", metric))
+            direct = np.nanmean(column(records, method, "direct", metric))
+            gain = (own - direct) / direct if direct else np.nan
+            sign = 1.0 if metric in HIGHER else -1.0
+            cells.append(f"{sign * gain:+.0%}" if np.isfinite(gain) else "")
+        lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def seconds_table(records: Sequence[Mapping[str, Any]]) -> str:
+    """Seconds for each example, by method."""
+    lines = ["| what | median seconds for an example |", "|---|---:|"]
+    names = dict.fromkeys(name for record in records for name in record["seconds"])
+    for name in names:
+        values = [r["seconds"][name] for r in records if name in r["seconds"]]
+        lines.append(f"| {name} | {np.median(values):.3f} |")
+    return "\n".join(lines)
+
+
+def plot_curves(
+    records: Sequence[Mapping[str, Any]], methods: Sequence[str], path: Path
+) -> None:
+    """Share of texts that still reach the statement as sources go, by way."""
+    import matplotlib.pyplot as plt  # noqa: PLC0415  # only where a plot is wanted
+
+    figure, panels = plt.subplots(
+        1, len(methods), figsize=(4.2 * len(methods), 3.4), sharey=True, squeeze=False
+    )
+    for panel, method in zip(panels[0], methods, strict=True):
+        lines = {"truth": "truth|", **{way: f"{method}|{way}" for way in WAYS}}
+        del lines["signed"]
+        for label, name in lines.items():
+            curves = [r["curves"][name] for r in records if name in r["curves"]]
+            if curves:
+                style = {"color": "black", "linestyle": ":"} if label == "truth" else {}
+                panel.plot(POINTS, np.mean(curves, axis=0), label=label, **style)
+        panel.set_title(method)
+        panel.set_xlabel("share of the sources taken away")
+    panels[0][0].set_ylabel("still says so, written again")
+    panels[0][0].legend(frameon=False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
+
+
+def provenance(options: argparse.Namespace) -> str:
+    """Machine, versions, sizes and command."""
+    command = " ".join(["python benchmarks/faithfulness.py", *options.given])
+    return (
+        f"Model {options.model}; {options.problems} problems of each data set, seed "
+        f"{options.seed}; sources taken away by {options.removal!r}, curves over "
+        f"{options.axis}, "
+        + ("greedy" if options.samples is None else f"{options.samples} samples")
+        + f". {torch.get_num_threads()} threads of {os.cpu_count()} cores, Python "
+        f"{platform.python_version()}, torch {torch.__version__}, transformers "
+        f"{transformers.__version__}, Captum {captum.__version__}, SciPy "
+        f"{scipy.__version__}. Command: `{command}`."
+    )
+
+
+def report(
+    options: argparse.Namespace, records_file: Path, calibration: Mapping[str, Any]
+) -> str:
+    """All tables, as Markdown."""
+    records = read_records(records_file)
+    untrusted = marks(calibration)
+    parts = [provenance(options)]
+    if calibration:
+        parts += ["## Which metrics tell the truth", calibration_table(calibration)]
+    for name in options.datasets:
+        own = [record for (data, _), record in records.items() if data == name]
+        if not own:
+            continue
+        metrics = [m for m in options.metrics if any_value(own, m)]
+        fixed = [m for m in metrics if m.startswith(("span", "response"))]
+        told = [m for m in metrics if m not in fixed]
+        parts += [f"## {name}: {len(own)} examples", reached(own)]
+        if (options.out / f"{name}.png").exists():
+            parts += [f"![Deletion curves of {name}](images/faithfulness_{name}.png)"]
+        parts += ["### Known truth, and texts written again"]
+        parts += [scores_table(own, told, untrusted)] if told else []
+        parts += ["### The text held fixed"] if fixed else []
+        parts += [scores_table(own, fixed, untrusted)] if fixed else []
+        parts += [
+            "### Marginalised against the other ways",
+            claims_table(own),
+            "### Mean relative gain over direct",
+            gains_table(own, metrics),
+            PAPER_AGGREGATES,
+            "### Time",
+            seconds_table(own),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def reached(records: Sequence[Mapping[str, Any]]) -> str:
+    """How often the model comes to the statements at all."""
+    whole, none = (
+        np.nanmean([np.nan if r[key] is None else r[key] for r in records])
+        for key in ("reached", "reached_without")
+    )
+    return (
+        "With all sources the model comes to the explained statement in "
+        f"{whole:.1%} of its texts, without them in {none:.1%}."
+    )
+
+
+def calibration_table(calibration: Mapping[str, Any]) -> str:
+    """Means of the truth and of what is known to be worse, by metric."""
+    orders = list(next(iter(calibration["metrics"].values()))["means"])
+    lines = [
+        f"| metric | {' | '.join(orders)} | does the truth win? |",
+        "|---|" + "---:|" * len(orders) + "---|",
+    ]
+    for metric, found in calibration["metrics"].items():
+        cells = [
+            "{:.3f} ({:.3f} to {:.3f})".format(*(round(x, 3) + 0.0 for x in means))
+            for means in found["means"].values()
+        ]
+        lost = [
+            other
+            for other, (mean, low, high) in found["differences"].items()
+            if low <= 0.0 <= high or (mean > 0) != (metric in HIGHER)
+        ]
+        verdict = f"**no**: not against {', '.join(lost)} †" if lost else "yes"
+        lines.append(f"| {metric} | {' | '.join(cells)} | {verdict} |")
+    return "\n".join(lines)
+
+
+def write_page(options: argparse.Namespace, text: str, calibration: Any) -> None:
+    """The page of the docs, its pictures, and the verdicts in the package."""
+    page = ROOT / "docs" / "faithfulness.md"
+    head = page.read_text(encoding="utf-8").split(GENERATED)[0]
+    page.write_text(f"{head}{GENERATED}\n\n{text}", encoding="utf-8")
+    for name in options.datasets:
+        picture = options.out / f"{name}.png"
+        if picture.exists():
+            images = ROOT / "docs" / "images"
+            images.mkdir(exist_ok=True)
+            (images / f"faithfulness_{name}.png").write_bytes(picture.read_bytes())
+    verdicts = ROOT / "captum_cage" / "metrics" / "calibration.json"
+    known = json.loads(verdicts.read_text()) if verdicts.exists() else []
+    known = [one for one in known if one["removal"] != calibration["removal"]]
+    verdicts.write_text(json.dumps([*known, calibration], indent=1) + "\n")
+
+
+def any_value(records: Sequence[Mapping[str, Any]], metric: str) -> bool:
+    """Whether any record has the metric."""
+    return any(
+        metric in ways
+        for record in records
+        for method in record["scores"].values()
+        for ways in method.values()
+    )
+
+
+# --- what a run costs -----------------------------------------------------------------
+
+
+def cost_of_paper() -> str:
+    """What the paper's tables take, roughly, before anything is loaded."""
+    tokens, units, generated = 400, 25, 120
+    lines = [
+        "| model | data set | examples | passes for an example | 10^15 operations |",
+        "|---|---|---:|---:|---:|",
+    ]
+    total = 0.0
+    for model, size in zip(PAPER_MODELS, (3.2e9, 8.0e9, 4.0e9, 8.2e9), strict=True):
+        for data, count in PAPER_DATA.items():
+            # Ablation, CLP and ReAGent: a pass per unit; the two gradient methods: 20
+            # steps of forward and backward per generated sentence; the metrics: one
+            # pass per unit and order, with 5 methods and 5 ways.
+            passes = 3 * units + 2 * 20 * 3 * 5 + units * 25
+            operations = 2 * size * (tokens + generated) * passes * count
+            total += operations
+            lines.append(
+                f"| {model} | {data} | {count} | {passes} | {operations / 1e15:.0f} |"
+            )
+    hours = total / 2e14 / 3600
+    lines.append("")
+    lines.append(
+        f"In all {total / 1e15:.0f} x 10^15 operations: about {hours:.0f} hours of a "
+        "GPU that does 200 x 10^12 a second. Pass --most for a part of it."
+    )
+    return "\n".join(lines)
+
+
+def run_paper(options: argparse.Namespace) -> None:
+    """The paper's models, data sets, base methods and metrics."""
+    print(cost_of_paper())
+    print(PAPER_AGGREGATES)
+    if options.estimate:
+        return
+    options.metrics = ["response: rise", "response: mas", "coverage"]
+    options.removal, options.datasets = "baseline", ["facts", "math", "morehopqa"]
+    wins: dict[str, list[int]] = {metric: [0, 0] for metric in options.metrics}
+    gains = []
+    for name in PAPER_MODELS:
+        options.model = name
+        bench = load_bench(options)
+        records_file = options.out / f"{name.split('/')[-1]}.jsonl"
+        for data in options.datasets:
+            options.datasets, whole = [data], options.datasets
+            options.problems = min(options.most or PAPER_DATA[data], PAPER_DATA[data])
+            run(bench, [c for c in CASES if c.name in PAPER_CASES], records_file)
+            options.datasets = whole
+        print(report(options, records_file, {}))
+        records = list(read_records(records_file).values())
+        for method in methods_in(records):
+            for metric in options.metrics:
+                own = np.nanmean(column(records, method, "marginalised", metric))
+                direct = np.nanmean(column(records, method, "direct", metric))
+                better = own > direct if metric in HIGHER else own < direct
+                wins[metric][0] += int(better)
+                wins[metric][1] += 1
+                gains.append(abs(own - direct) / abs(direct) * (1 if better else -1))
+    print(PAPER_AGGREGATES)
+    for metric, (won, tried) in wins.items():
+        print(f"Here: {metric}, better in {won} of {tried}.")
+    if gains:
+        print(f"Here: mean relative gain over the base method {np.mean(gains):+.0%}.")
+
+
+# --- the program ----------------------------------------------------------------------
+
+
+def load_bench(options: argparse.Namespace) -> Bench:
+    """The model, its tokenizer, and how it is asked."""
+    if options.model == DEMO:
+        model, tokenizer = load_demo()
+        return Bench(model, tokenizer, False, options)
+    reader: Any = transformers.AutoTokenizer.from_pretrained(options.model)
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=options.dtype
+    )
+    loaded = loaded.to(options.device).eval()
+    return Bench(loaded, reader, reader.chat_template is not None, options)
+
+
+def calibrated(bench: Bench, path: Path) -> Mapping[str, Any]:
+    """Whether the metrics tell the truth, measured once and kept."""
+    if path.exists():
+        found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    options = bench.options
+    metrics = [name for name in options.metrics if name not in TRUTH]
+    # Other problems than those that are measured.
+    examples = alternating(
+        demo_examples(options.problems, options.seed + 1, "two_questions")
+    )
+    calibration = calibrate_metric(
+        bench.cage(Case("ablation")),
+        examples,
+        metrics,
+        removal=options.removal,
+        axis=options.axis,
+        show_progress=True,
+    )
+    path.write_text(json.dumps(calibration.to_dict(), indent=1) + "\n")
+    return calibration.to_dict()
+
+
+def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", default=DEMO, help="a name on the hub or a folder; default: demo")
+    add("--masked-lm", help="masked language model for ReAGent; default: trained here")
+    add("--datasets", nargs="+", default=["one_question", "two_questions"])
+    add("--methods", nargs="+", default=["all"], help="names in the catalogue, or all")
+    add("--metrics", nargs="+", default=list(METRICS))
+    add("--problems", type=int, default=200)
+    add("--removal", default="delete", choices=["delete", "baseline", "suppress"])
+    add("--axis", default="units", choices=["units", "tokens"])
+    add("--samples", type=int, help="texts for each set of sources; default: greedy")
+    add("--max-new-tokens", type=int, default=256)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/faithfulness"))
+    add("--export", type=Path, help="write the examples for other libraries, and stop")
+    add("--rivals", type=Path, nargs="+", default=[], help="scores of other libraries")
+    add("--docs", action="store_true", help="write docs/faithfulness.md's tables")
+    add("--paper", action="store_true", help="the paper's tables")
+    add("--estimate", action="store_true", help="with --paper: only what it would cost")
+    add("--most", type=int, help="with --paper: most examples of each data set")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--dtype", default="auto")
+    add("--strict", action="store_true", help="stop at an example that cannot be used")
+    add("--smoke", action="store_true", help="two problems, for CI")
+    options = parser.parse_args(arguments)
+    options.given = list(sys.argv[1:] if arguments is None else arguments)
+    if options.smoke:
+        options.problems, options.strict = 2, True
+        options.out = Path(tempfile.mkdtemp(prefix="faithfulness_"))
+        options.datasets = ["two_questions"]
+        options.methods = ["attnlrp", "one-shot-reagent"]
+    for name in options.datasets:
+        if name not in DATASETS:
+            parser.error(f"--datasets: must be of {', '.join(DATASETS)}, not {name!r}")
+    return options
+
+
+def main() -> None:
+    """Measure, and print the tables."""
+    options = parsed()
+    if options.paper:
+        run_paper(options)
+        return
+    bench = load_bench(options)
+    if options.export is not None:
+        export(bench, options.export)
+        return
+    cases = [c for c in CASES if "all" in options.methods or c.name in options.methods]
+    records_file = options.out / "records.jsonl"
+    run(bench, cases, records_file)
+    calibration: Mapping[str, Any] = {}
+    if options.model == DEMO:
+        calibration = calibrated(bench, options.out / "calibration.json")
+    records = read_records(records_file)
+    for name in options.datasets:
+        own = [record for (data, _), record in records.items() if data == name]
+        shown = [m for m in methods_in(own) if m in map(str, CASES)][:3]
+        if own and shown and any(record["curves"] for record in own):
+            plot_curves(own, shown, options.out / f"{name}.png")
+    text = report(options, records_file, calibration)
+    (options.out / "tables.md").write_text(text, encoding="utf-8")
+    if options.docs:
+        write_page(options, text, calibration)
+    print(text)
+    if options.smoke:
+        print(cost_of_paper())
+
+
+if __name__ == "__main__":
+    main()
