@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -36,6 +37,9 @@ from transformers import (
 )
 
 from captum_cage import ChatTokenInput, TokenIdsInput
+from captum_cage.inputs import Prompt
+from captum_cage.task import RowTask, text_units
+from captum_cage.units import split_units
 
 CORPUS = [
     "Ana has 3 pens. Mia has 4 more pens than Ana. How many pens does Mia have?",
@@ -205,6 +209,31 @@ def inputs_of_each_kind(
         ),
         "template, odd bytes": TextTemplateInput("{} 😀日{}", ["é", " x"]),
     }
+
+
+def task_of(
+    llm_attr: Any,
+    inp: InterpretableInput,
+    generated: Sequence[int],
+    units: Any = "token",
+    baseline: int = 0,
+) -> RowTask:
+    """A text to explain, as the wrapper reads it; of a trace, what follows it."""
+    tokenizer = llm_attr.tokenizer
+    prompt = Prompt.read(inp, tokenizer)
+    if prompt.continuation is not None:
+        generated = [*prompt.continuation.ids, *generated]
+    found = text_units(prompt, generated, split_units(units), tokenizer)
+    return RowTask(
+        llm_attr=llm_attr,
+        prompt=prompt,
+        generated=tuple(generated),
+        generated_text=found.text,
+        sources=found.sources,
+        steps=found.steps,
+        baseline=baseline,
+        kwargs={},
+    )
 
 
 def tiny_vision_model(vocab_size: int) -> LlavaForConditionalGeneration:

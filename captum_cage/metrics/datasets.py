@@ -427,7 +427,7 @@ def _records(
     except ImportError as error:
         raise ImportError(
             f"{name}: reading it needs the datasets library. Install it by "
-            "`pip install captum-cage[datasets]`, or pass path= a file of JSON lines."
+            "`pip install captum-cage[data]`, or pass path= a file of JSON lines."
         ) from error
     if path is not None:
         kind = Path(path).suffix.lstrip(".")

@@ -26,6 +26,8 @@ __all__ = [
     "sensitivity",
 ]
 
+Array = npt.NDArray[np.float64]
+
 _LAYER = re.compile(r"\.(\d+)\.")
 # Agreement with the attribution of the trained model above which one of a model without
 # any trained weight counts as the same.
@@ -39,8 +41,8 @@ class Randomization:
     Attributes:
         stages (tuple[str, ...]): what was shuffled besides the stages before it.
         agreement (tuple[float, ...]): mean rank correlation with the attribution of the
-            trained model over the seeds, one per stage; NaN where the attribution is
-            the same for all sources.
+            trained model over the seeds, one per stage; NaN where only one of the two
+            is the same for all sources, 1 where both are.
         seeds (int): number of seeds.
     """
 
@@ -165,14 +167,20 @@ def parameter_randomization(
             shuffled = [one for _, some in groups[: stage + 1] for one in some]
             with randomized(model, seed, shuffled):
                 other = result.repeat().seq_attr.numpy()
-            found[seed, stage] = agreement(own, other)
-    # A constant attribution has no ranks: it does not agree.
+            found[seed, stage] = _likeness(own, other)
+    # A constant attribution has no ranks: it does not agree with another.
     valid = np.isfinite(found)
     means = np.where(valid, found, 0.0).sum(axis=0) / np.maximum(valid.sum(axis=0), 1)
     means = np.where(valid.any(axis=0), means, np.nan)
     return Randomization(
         tuple(name for name, _ in groups), tuple(means.tolist()), count
     )
+
+
+def _likeness(one: Array, other: Array) -> float:
+    if np.ptp(one) == np.ptp(other) == 0.0:
+        return 1.0
+    return agreement(one, other)
 
 
 def reproducibility(result: GraphAttributionResult, *, seed: int = 0) -> float:

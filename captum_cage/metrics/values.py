@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from captum_cage._captum import family
+from captum_cage._checks import complaint
 from captum_cage.causal import CausalModel
 from captum_cage.engines.memory import OutOfMemory, half, memory_errors
 from captum_cage.inputs import text_before
@@ -367,4 +368,13 @@ class TextScorer:
             target_str=decode(scored, tokenizer),
             tokenizer=tokenizer,
         )
+        if len(found) != len(scored):
+            raise ValueError(
+                complaint(
+                    "evaluate",
+                    f"the provider must score {len(scored)} tokens",
+                    f"{len(found)} scores came",
+                    "Check that the provider's model uses this tokenizer.",
+                )
+            )
         return np.asarray(found, dtype=np.float64)[places - first]
