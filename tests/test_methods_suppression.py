@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import FeatureAblation, LLMAttribution
+from transformers import DynamicCache
 
 from captum_cage import GraphContextAttribution, TokenIdsInput
 from captum_cage.methods import AttentionSuppression
+from captum_cage.methods.suppression import hidden_tokens
 from captum_cage.testing import check_engine
+from test_metrics_regeneration import logits_after
 from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 PROMPT = "Ana has 3 pens. Mia has 4 more pens than Ana. How many?"
@@ -175,6 +178,35 @@ class TestEngine:
         # The unit of the interrupt is asked for twice.
         assert len(hidden) <= len(whole.units) + 1
         np.testing.assert_allclose(result.graph.rows, whole.graph.rows)
+
+
+class TestGrowingTexts:
+    """Tokens that stay hidden while a text grows."""
+
+    @pytest.mark.parametrize("parts", [(30,), (30, 1, 1, 1), (5, 20, 1, 9, 1)])
+    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    def test_passes_on_kept_keys_are_those_of_the_whole_text(self, arch, parts):
+        """One sequence hides other tokens than the next; windows may move on."""
+        model = small(arch)
+        rng = np.random.default_rng(0)
+        ids = torch.from_numpy(rng.integers(7, 300, (2, sum(parts))))
+        inside = torch.from_numpy(rng.random((2, parts[0])) < 0.4)
+        assert (inside[0] != inside[1]).any()
+        cache, length, found = DynamicCache(config=model.config), 0, []
+        with torch.no_grad(), hidden_tokens(model, inside, lambda: length):
+            for part in parts:
+                new = ids[:, length : length + part]
+                length += part
+                passed = model(new, past_key_values=cache, use_cache=True)
+                found.append(passed.logits)
+        logits = torch.cat(found, dim=1)
+        for one in range(2):
+            hidden = [*inside[one].tolist(), *([False] * (length - parts[0]))]
+            for place in range(length):
+                read = ids[one, : place + 1].tolist()
+                expected = logits_after(model, read, hidden[: place + 1])
+                np.testing.assert_allclose(logits[one, place], expected, atol=1e-9)
+        assert model.config._attn_implementation == "sdpa"
 
 
 class TestErrors:

@@ -235,13 +235,17 @@ def unrelated(
         sentence (str, optional): what is inserted, with the space before it. Default:
             ``" Unrelated Sentence."``
 
+    Raises:
+        ValueError: if the sentence is empty.
+
     Source: Walker and Ewetz (2025), arXiv:2512.15663.
 
     Example:
         >>> next(unrelated(["Ana has 3 pens. How many?"])).prompt
         'Ana has 3 pens. Unrelated Sentence. How many? Unrelated Sentence.'
     """
-    for given in prompts:
+    _texts("sentence", sentence, 1)
+    for given in [prompts] if isinstance(prompts, str) else prompts:
         example = Example(given) if isinstance(given, str) else given
         text, done, gold, sources = "", 0, [], []
         for start, stop in sentence_spans(example.prompt):
@@ -289,6 +293,10 @@ def needles(
         keys (int, optional): needles, one of which is asked for. Default: ``4``
         seed (int, optional): of the draw. Default: ``0``
 
+    Raises:
+        ValueError: if there is no haystack, or there are more keys than can be told
+            apart.
+
     Source: Hsieh et al. (2024), RULER, arXiv:2404.06654.
 
     Example:
@@ -298,8 +306,11 @@ def needles(
     """
     known = _texts("haystack", haystack, 1)
     rng = random.Random(f"needles {seed}")
-    remedy = "Pass how many needles to hide."
-    number_of_keys = whole_number("keys", keys, minimum=1, remedy=remedy)
+    remedy = f"There are {len(_KEYS)} keys."
+    number_of_keys = whole_number(
+        "keys", keys, minimum=1, stop=len(_KEYS) + 1, remedy=remedy
+    )
+    whole_number("length", length, remedy="Pass the number of sentences.")
     for _ in range(whole_number("count", count, remedy="Pass how many to draw.")):
         names = rng.sample(_KEYS, number_of_keys)
         numbers = rng.sample(range(1_000_000, 10_000_000), number_of_keys)
@@ -362,6 +373,7 @@ def variable_tracking(
         >>> len(example.gold), len(example.sources)
         (2, 4)
     """
+    whole_number("length", length, remedy="Pass the number of sentences.")
     known = _texts("noise", noise, 1) if length else []
     rng = random.Random(f"variables {seed}")
     remedy = "Pass how many, at least one."

@@ -17,11 +17,12 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 from captum_cage._captum import family
 from captum_cage._checks import complaint, shown, whole_number
+from captum_cage.causal import close_enough
 from captum_cage.engines.memory import OutOfMemory, half, memory_errors
 from captum_cage.inputs import text_before
 from captum_cage.methods.suppression import hidden_tokens
 from captum_cage.metrics.removal import ChangedText, Remover
-from captum_cage.scoring import context_length, continued_ids
+from captum_cage.scoring import context_length, continued_ids, held
 from captum_cage.text import special_ids
 
 __all__ = ["Regenerator", "Sampling", "Written"]
@@ -159,8 +160,9 @@ class Regenerator:
 
     Turns are written in order, each after what stands before it by then; text from
     outside between them stays. The last one is the turn that holds the explained units.
-    Texts of the same length are written together. What was written is kept, so that
-    asking for the same sources again costs nothing.
+    Texts are written together: shorter ones filled up at their beginnings where the
+    model is seen to go on alike then, and otherwise those of the same length. What was
+    written is kept, so that asking for the same sources again costs nothing.
 
     Args:
         remover (Remover): takes sources away.
@@ -200,6 +202,7 @@ class Regenerator:
         self._device = device
         self._kept: dict[bytes, tuple[Written, ...]] = {}
         self.sequences = 0
+        self._pads: bool | None = None  # not known yet
         self._check()
         written = remover.written
         edges = np.flatnonzero(np.diff(written, prepend=False, append=False))
@@ -267,7 +270,9 @@ class Regenerator:
             for key, one in zip(keys, kept, strict=True)
             if key not in self._kept
         }
-        self._write({key: self._remover.changed(one) for key, one in new.items()})
+        changed = {key: self._remover.changed(one) for key, one in new.items()}
+        with held(self._llm_attr):
+            self._write(changed)
         return [self._kept[key] for key in keys]
 
     def _write(self, changed: Mapping[bytes, ChangedText]) -> None:
@@ -302,12 +307,64 @@ class Regenerator:
         for number, (start, stop) in enumerate(self._turns):
             for draft in drafts:
                 self._copy(draft, done, start)
-            for _, same in groupby(
-                sorted(drafts, key=lambda draft: len(draft.ids)),
-                key=lambda draft: len(draft.ids),
-            ):
-                self._continue(list(same), number, 2 * (stop - start) + _SPARE)
+            most = 2 * (stop - start) + _SPARE
+            for together in self._together(drafts, most):
+                self._continue(together, number, most)
             done = stop
+
+    def _together(self, drafts: Sequence[_Draft], most: int) -> Iterator[list[_Draft]]:
+        """Drafts that are written together: all, or those of the same length."""
+        ordered = sorted(drafts, key=lambda draft: len(draft.ids))
+        short, long = ordered[0], ordered[-1]
+        room = (context_length(self._llm_attr.model) or 2**30) - len(long.ids)
+        differs = len(short.ids) < len(long.ids)
+        seen = not any(any(draft.hidden) for draft in drafts)
+        if differs and seen and room >= self._gen_args.get("max_new_tokens", most):
+            if self._pads is None:
+                self._pads = self._padding_changes_nothing(short, long)
+            if self._pads:
+                yield ordered
+                return
+        for _, same in groupby(ordered, key=lambda draft: len(draft.ids)):
+            yield list(same)
+
+    def _padding_changes_nothing(self, short: _Draft, long: _Draft) -> bool:
+        """Whether the model goes on alike behind a shorter text that is filled up."""
+        if self._remote or short.changed.model_input is not None:
+            return False
+        model: Any = self._llm_attr.model
+        arguments: dict[str, Any] = {
+            **{"max_new_tokens": 3, "do_sample": False, "num_beams": 1},
+            **{"output_logits": True, "return_dict_in_generate": True},
+            "pad_token_id": self._fill(),
+        }
+        try:
+            with memory_errors(), torch.no_grad():
+                alone = model.generate(**self._padded([short]), **arguments)
+                filled = model.generate(**self._padded([short, long]), **arguments)
+        except OutOfMemory:
+            return False
+        dtype = next(model.parameters()).dtype
+        pairs = zip(alone.logits, filled.logits, strict=False)
+        return all(close_enough(one[0], two[0], dtype) for one, two in pairs)
+
+    def _fill(self) -> int:
+        config = getattr(self._llm_attr.model, "generation_config", None)
+        found = getattr(config, "pad_token_id", None)
+        return 0 if found is None else int(found)
+
+    def _padded(self, drafts: Sequence[_Draft]) -> dict[str, Tensor]:
+        """Texts filled up at their beginnings, as ids and a mask."""
+        longest = max(len(draft.ids) for draft in drafts)
+        ids = torch.full((len(drafts), longest), self._fill())
+        mask = torch.zeros_like(ids)
+        for row, draft in enumerate(drafts):
+            ids[row, longest - len(draft.ids) :] = torch.tensor(draft.ids)
+            mask[row, longest - len(draft.ids) :] = 1
+        return {
+            "input_ids": ids.to(self._device),
+            "attention_mask": mask.to(self._device),
+        }
 
     @staticmethod
     def _copy(draft: _Draft, start: int, stop: int) -> None:
@@ -324,7 +381,7 @@ class Regenerator:
         draft.hidden += draft.changed.hidden[first:last].tolist()
 
     def _continue(self, drafts: Sequence[_Draft], turn: int, most: int) -> None:
-        """Write one turn of drafts of the same length."""
+        """Write one turn of drafts that are written together."""
         queue = list(drafts)
         while queue:
             batch = queue[: self._most]
@@ -352,7 +409,8 @@ class Regenerator:
         if self._remote:
             return [self._from_afar(draft, turn, arguments) for draft in drafts]
         model: Any = self._llm_attr.model
-        room = (context_length(model) or 2**30) - len(drafts[0].ids)
+        longest = max(len(draft.ids) for draft in drafts)
+        room = (context_length(model) or 2**30) - longest
         if drafts[0].changed.model_input is None:
             if room < 1:
                 raise ValueError(
@@ -360,7 +418,7 @@ class Regenerator:
                         "evaluate",
                         "the text must leave room for another turn in the model's "
                         "context",
-                        f"it has {len(drafts[0].ids)} tokens",
+                        f"it has {longest} tokens",
                         "Explain a shorter text.",
                     )
                 )
@@ -389,16 +447,14 @@ class Regenerator:
                     )
                 )
             return found
-        ids = torch.tensor([draft.ids for draft in drafts], device=self._device)
-        hidden = torch.tensor([draft.hidden for draft in drafts])
         with ExitStack() as stack:
-            if hidden.any():
+            if any(any(draft.hidden) for draft in drafts):
+                # Then all are of the same length.
+                hidden = torch.tensor([draft.hidden for draft in drafts])
                 stack.enter_context(_hidden_while_writing(model, hidden))
-            output = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), **arguments
-            )
+            output = model.generate(**self._padded(drafts), **arguments)
         sequences = output if isinstance(output, Tensor) else output.sequences
-        rows: list[list[int]] = sequences[:, ids.shape[1] :].tolist()
+        rows: list[list[int]] = sequences[:, longest:].tolist()
         return rows
 
     def _from_afar(

@@ -198,15 +198,10 @@ def reproducibility(result: GraphAttributionResult, *, seed: int = 0) -> float:
     """
     number = whole_number("seed", seed, remedy="Pass a whole number.")
     found = []
-    state = np.random.get_state()  # noqa: NPY002  # some of Captum's methods draw there
-    try:
+    with _own_random_states():
         for _ in range(2):
-            with torch.random.fork_rng(devices=_devices()):
-                torch.manual_seed(number)
-                np.random.seed(number)  # noqa: NPY002
-                found.append(result.repeat().seq_attr)
-    finally:
-        np.random.set_state(state)  # noqa: NPY002
+            _seed(number)
+            found.append(result.repeat().seq_attr)
     return float((found[0] - found[1]).abs().max())
 
 
@@ -241,7 +236,8 @@ def sensitivity(
     """
     count = whole_number("samples", samples, minimum=1, remedy="Pass 1 or more.")
     number = whole_number("seed", seed, remedy="Pass a whole number.")
-    if not isinstance(radius, int | float) or not 0.0 < radius < float("inf"):
+    is_number = isinstance(radius, int | float) and not isinstance(radius, bool)
+    if not is_number or not 0.0 < radius < float("inf"):
         raise ValueError(
             complaint(
                 "radius",
@@ -267,15 +263,15 @@ def sensitivity(
     ids = np.unique([*task.prompt.ids, *task.generated])
     shape = (len(ids), weight.shape[1])
 
-    with torch.random.fork_rng(devices=_devices()):
-        torch.manual_seed(number)
+    with _own_random_states():
+        _seed(number)
         # The moves first, as what is random in the method starts anew each time.
         moves = (2 * torch.rand(count, *shape) - 1) * scale
-        torch.manual_seed(number)
+        _seed(number)
         plain = result.repeat().seq_attr
         changes = []
         for move in moves:
-            torch.manual_seed(number)
+            _seed(number)
             with _moved(embeddings, ids, move):
                 changes.append((result.repeat().seq_attr - plain).norm())
     size = plain.norm()
@@ -299,8 +295,21 @@ def _moved(embeddings: Any, ids: npt.NDArray[np.int64], move: Tensor) -> Iterato
         handle.remove()
 
 
-def _devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+@contextmanager
+def _own_random_states() -> Iterator[None]:
+    """Random states that may be changed; as they were, afterwards."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else []
+    state = np.random.get_state()  # noqa: NPY002  # some of Captum's methods draw there
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            yield
+    finally:
+        np.random.set_state(state)  # noqa: NPY002
+
+
+def _seed(number: int) -> None:
+    torch.manual_seed(number)
+    np.random.seed(number)  # noqa: NPY002
 
 
 def _model_of(result: GraphAttributionResult, where: str) -> Any:

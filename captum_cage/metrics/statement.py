@@ -10,7 +10,7 @@ import numpy as np
 
 from captum_cage._checks import complaint, shown
 
-__all__ = ["Predicate", "Statement"]
+__all__ = ["Predicate", "Statement", "whole"]
 
 Predicate: TypeAlias = str | re.Pattern[str] | Callable[[str], Any]
 
@@ -45,9 +45,12 @@ class Statement:
         self, predicate: Predicate | None, text: str, explained: Sequence[str] = ()
     ) -> None:
         self._wanted: Any = None
+        self._inside: frozenset[str] = frozenset()
         self._pieces: tuple[str, ...] = ()
         if predicate is None:
             self._pieces = tuple(piece.strip() for piece in explained if piece.strip())
+            # A token may be a part of a word, and is looked for as such.
+            self._inside = frozenset(p for p in self._pieces if not _occurs(p, text))
             self._reached = self._has_pieces
         elif isinstance(predicate, str):
             self._pieces = (predicate,) if predicate.strip() else ()
@@ -85,7 +88,13 @@ class Statement:
         return self._reached(text)
 
     def _has_pieces(self, text: str) -> float:
-        return float(bool(self._pieces) and all(_occurs(p, text) for p in self._pieces))
+        return float(
+            bool(self._pieces)
+            and all(
+                piece in text if piece in self._inside else _occurs(piece, text)
+                for piece in self._pieces
+            )
+        )
 
     def _found(self, text: str) -> Any:
         matches = list(self._pattern.finditer(text))
@@ -115,15 +124,19 @@ class Statement:
         return float(found is not None and found == self._wanted)
 
 
-def _occurs(piece: str, text: str) -> bool:
-    """Whether a text occurs as it is, not as a part of a longer word or number."""
+def whole(piece: str) -> re.Pattern[str]:
+    """Finds a text as it is, not as a part of a longer word or number."""
     start = r"(?<!\w)" if piece[:1].isalnum() else ""
     stop = r"(?!\w)" if piece[-1:].isalnum() else ""
     if piece[:1].isdigit():
         start += r"(?<!\d[.,])"
     if re.search(r"\d[.,]?$", piece):  # "is 7." does not occur in "is 7.5"
         stop += r"(?![.,]?\d)"
-    return re.search(start + re.escape(piece) + stop, text) is not None
+    return re.compile(start + re.escape(piece) + stop)
+
+
+def _occurs(piece: str, text: str) -> bool:
+    return whole(piece).search(text) is not None
 
 
 def _described(predicate: Predicate | None, pieces: Sequence[str]) -> str:

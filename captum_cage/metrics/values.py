@@ -19,8 +19,8 @@ from captum_cage.inputs import text_before
 from captum_cage.methods.suppression import hidden_tokens
 from captum_cage.metrics.regeneration import Regenerator, Written
 from captum_cage.metrics.removal import ChangedText, Remover
-from captum_cage.metrics.statement import Statement
-from captum_cage.scoring import scores_after
+from captum_cage.metrics.statement import Statement, whole
+from captum_cage.scoring import held, scores_after
 from captum_cage.text import decode, read_tokens, sentence_spans, special_ids
 
 __all__ = [
@@ -163,7 +163,8 @@ class Probability(Value):
         if flat[0].model_input is None:
             scores = self._passes.scores([self._scored(draft) for draft in flat])
         else:
-            scores = [self._after(draft) for draft in flat]
+            with held(self._llm_attr):
+                scores = [self._after(draft) for draft in flat]
         logs = np.array([one.sum() for one in scores])
         found: Array = np.exp(logs).reshape(len(texts), -1)
         return found
@@ -171,8 +172,10 @@ class Probability(Value):
     def _cut(self, turn: Sequence[int]) -> int:
         """Number of tokens of a turn that stay before the explained text."""
         text = read_tokens(list(turn), self._llm_attr.tokenizer)
-        place = text.text.rfind(self._text)
-        if place < 0:
+        found = list(whole(self._text).finditer(text.text)) if self._text else []
+        if found:
+            place = found[-1].start()
+        else:
             ends = [stop for _, stop in sentence_spans(text.text)[: self._sentences]]
             place = ends[-1] if ends else 0
         # White space before the text belongs to its first token.
@@ -253,7 +256,7 @@ class Passes:
         found: dict[int, Array] = {}
         # The longest first, to which the others in its batch are filled up.
         queue = sorted(range(len(texts)), key=lambda number: -len(texts[number].ids))
-        with torch.no_grad():
+        with held(self._llm_attr), torch.no_grad():
             while queue:
                 length = len(texts[queue[0]].ids)
                 batch = queue[: self._batch_size(length, model)]
@@ -356,7 +359,8 @@ class TextScorer:
     def _alone(self, text: ChangedText) -> Array:
         """Scores by one request, or one pass over an input that is more than ids."""
         if family(self._llm_attr) != "remote":
-            return scores_after(self._llm_attr, text.model_input, self._generated)
+            with held(self._llm_attr):
+                return scores_after(self._llm_attr, text.model_input, self._generated)
         places, given = self._places(text), text.model_input
         first = int(places[0])
         if given is None:
