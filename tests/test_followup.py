@@ -658,3 +658,77 @@ class TestAlternatives:
         """Before any model call."""
         with pytest.raises(error, match=match):
             coarse.alternatives(**arguments)
+
+
+class TestRepeat:
+    """The same question of the same text, asked anew."""
+
+    @pytest.mark.parametrize("method", list(METHODS))
+    def test_it_is_the_same_answer(self, method, model, tokenizer):
+        """For each way to compute rows, and the cut too."""
+        llm_attr = llm_attribution(method, model, tokenizer)
+        cage = GraphContextAttribution(llm_attr, normalization="absolute")
+        inp = TextTokenInput(PROMPT, tokenizer)
+        result = cage.attribute(
+            inp, TARGET, units="sentence", explain=-1, hops=1, **METHODS[method]
+        )
+        again = result.repeat()
+        assert again is not result
+        assert_same(again, result)
+        assert again.meta == result.meta
+
+    def test_all_rows_are_computed_again(self, coarse, model):
+        """As the model is now, whatever was kept of the first answer."""
+        calls = []
+        handle = model.model.register_forward_hook(lambda *_: calls.append(1))
+        try:
+            coarse.repeat()
+        finally:
+            handle.remove()
+        assert calls
+
+    def test_a_changed_model_answers_otherwise(self, fresh_model, tokenizer):
+        """And so does what it thinks of its own text."""
+        cage = GraphContextAttribution(
+            LLMAttribution(FeatureAblation(fresh_model), tokenizer)
+        )
+        inp = TextTokenInput(PROMPT, tokenizer)
+        asked = {"units": "sentence", "explain": ANSWER}
+        result = cage.attribute(inp, TARGET, **asked)
+        with torch.no_grad():
+            fresh_model.lm_head.weight.mul_(0.5)
+        again = result.repeat()
+        assert_same(again, cage.attribute(inp, TARGET, **asked))
+        assert not np.allclose(again.graph.rows, result.graph.rows)
+        assert not np.allclose(again.output_probs, result.output_probs, atol=0.0)
+
+    def test_what_is_explained_is_what_the_result_explains(self, cage, tokenizer):
+        """Not what was asked at first."""
+        inp = TextTokenInput(PROMPT, tokenizer)
+        result = cage.attribute(inp, TARGET, units="sentence")
+        other = result.explaining(0)
+        assert other.explained != result.explained
+        fresh = cage.attribute(inp, TARGET, units="sentence", explain=0)
+        again = other.repeat()
+        assert again.explained == fresh.explained == other.explained
+        np.testing.assert_allclose(again.seq_attr, other.seq_attr, atol=2e-5)
+        assert_same(result.repeat(), result)
+
+    def test_a_contrast_stays_one(self, cage, tokenizer):
+        """With its foil, or without once something else is explained."""
+        inp = TextTokenInput(PROMPT, tokenizer)
+        result = cage.attribute(inp, TARGET, units="sentence", foil={"7": " 4"})
+        assert result.foils
+        assert_same(result.repeat(), result)
+        other = result.explaining(0)
+        again = other.repeat()
+        assert again.explained == other.explained
+        assert again.foils == other.foils
+
+    def test_a_result_without_its_model_is_refused(self, coarse, tmp_path):
+        """Loaded from a file, or copied to another process."""
+        coarse.save(tmp_path / "result.npz")
+        loaded = GraphAttributionResult.load(tmp_path / "result.npz")
+        for result in (loaded, pickle.loads(pickle.dumps(coarse))):
+            with pytest.raises(ValueError, match="repeat: must ask the model again"):
+                result.repeat()
