@@ -192,7 +192,8 @@ def facts(
         >>> len(example.sources), len(example.gold)
         (9, 2)
     """
-    known = _texts("texts", texts, told)
+    # A fact that is told twice would have two sources.
+    known = _texts("texts", dict.fromkeys(_texts("texts", texts, told)), told)
     if not 1 <= explained <= listed <= told:
         raise ValueError(
             complaint(

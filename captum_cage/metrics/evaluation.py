@@ -49,6 +49,8 @@ Axis: TypeAlias = Literal["units", "tokens"]
 
 VALUES = ("regenerated", "probability", "span", "response")
 AXES = ("units", "tokens")
+# Metrics of the deletion curve, which is kept then.
+_CURVES = ("deletion", "rise", "mas")
 RESULT = "result"
 RANDOM = "random"
 # Metrics of known truth: whether higher is better, and what gives it.
@@ -121,8 +123,8 @@ class Evaluation:
         reached (float): value of ``"regenerated"`` with all sources; NaN if it was not
             asked for.
         reached_without (float): the same with none of them.
-        curves (Mapping): deletion curve of each attribution and value, from all sources
-            to none, shape ``(P + 1,)``.
+        curves (Mapping): deletion curve of each attribution and value that a metric of
+            it was asked of, from all sources to none, shape ``(P + 1,)``.
         places (Mapping): where the points of each attribution's curves stand.
         sequences (int): number of texts that the model was given or wrote.
         seed (int): of samples, ties, random sets and random orders.
@@ -260,8 +262,8 @@ class Evaluator:
         gen_args (Mapping, optional): for the model's ``generate``, such as
             ``max_new_tokens``. Default: None
         axis (str, optional): curves run over the ``"units"`` that are gone, or over
-            the fraction of ``"tokens"``, which favours no long units.
-            Default: ``"units"``
+            the fraction of ``"tokens"``, which favours no long units. RISE and MAS are
+            over units always, as their authors have them. Default: ``"units"``
         top (int, optional): number of sources for metrics of the highest ones.
             Default: three, or all where there are fewer
         masks (int, optional): number of random sets for ``lds`` and ``infidelity``.
@@ -476,12 +478,12 @@ class Evaluator:
                 if len(several) > 1:
                     error = float(np.std(several, ddof=1) / np.sqrt(len(several)))
                 chance[name] = Score(float(np.mean(several)), error)
+            drawn = [name for name in infos if name.split(": ")[-1] in _CURVES]
             for order, own in given.items():
-                for value in dict.fromkeys(map(_value_of, infos)):
-                    if value:
-                        probe = self._probe(value, own)
-                        curves[order, value] = probe.deletion.mean(axis=1)
-                        places[order] = probe.places
+                for value in dict.fromkeys(map(_value_of, drawn)):
+                    probe = self._probe(value, own)
+                    curves[order, value] = probe.deletion.mean(axis=1)
+                    places[order] = probe.places
             reached, without = self._reached(infos)
         scores[RANDOM] = chance
         found = Evaluation(

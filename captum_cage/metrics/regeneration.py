@@ -61,6 +61,7 @@ class Sampling:
             whole_number("samples", self.samples, minimum=1, remedy=remedy)
         whole_number("seed", self.seed, remedy="Pass a whole number.")
         is_number = isinstance(self.temperature, int | float)
+        is_number = is_number and not isinstance(self.temperature, bool)
         if not is_number or not 0.0 < self.temperature < float("inf"):
             raise ValueError(
                 complaint(
