@@ -1,11 +1,14 @@
 """Train the demo model of ``captum_cage.demo`` from scratch.
 
-Writes the tokenizer and the model, and evaluates them on held-out problems::
+Writes the tokenizer and the model, and evaluates them on held-out problems and
+conversations of every kind::
 
-    python benchmarks/train_demo.py                  # the model that ships
-    python benchmarks/train_demo.py --smoke          # seconds, for CI
+    python benchmarks/train_demo.py             # the model that ships
+    python benchmarks/train_demo.py --smoke     # seconds, for CI
+    python benchmarks/train_demo.py --shipped   # evaluates the model in the package
 
-A run that was interrupted goes on from its last checkpoint.
+Trains on a GPU if PyTorch sees one. A run that was interrupted goes on from its last
+checkpoint.
 """
 
 from __future__ import annotations
@@ -13,11 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import random
 import re
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,21 +35,33 @@ from torch.nn import functional
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from captum_cage.demo.model import DEMO_FILES
+from captum_cage.demo.conversations import (
+    CONVERSATION_KINDS,
+    Conversation,
+    Message,
+    Source,
+    draw_conversation,
+    sample_conversations,
+)
+from captum_cage.demo.model import DEMO_FILES, load_demo
 from captum_cage.demo.problems import (
-    draw_problem,
+    KINDS,
+    Problem,
+    draw_draft,
+    draw_kind,
     is_held_out,
+    problem_of,
     sample_problems,
     vocabulary,
 )
 
 UNKNOWN, PAD, END = "<unk>", "<pad>", "<|end|>"
-SYSTEM, USER, ASSISTANT = "<|system|>", "<|user|>", "<|assistant|>"
-SPECIAL = [UNKNOWN, PAD, END, SYSTEM, USER, ASSISTANT]
+ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant", "tool")}
+SPECIAL = [UNKNOWN, PAD, END, *ROLES.values()]
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
-    "{% if message['role'] not in ['system', 'user', 'assistant'] %}"
-    "{{ raise_exception('The roles are system, user and assistant, not ' "
+    "{% if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}"
+    "{{ raise_exception('The roles are system, user, assistant and tool, not ' "
     "+ message['role']) }}"
     "{% endif %}"
     "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}"
@@ -53,10 +71,10 @@ CHAT_TEMPLATE = (
 MAX_LENGTH = 512
 MAX_NEW_TOKENS = 128
 ROPE_THETA = 10000.0
-STEPS = 3200
+STEPS = 5600
 SAVE_EVERY = 200
 ADAM = 1.0  # learning rate of AdamW, as a share of Muon's
-POOL = 1024  # problems drawn at once and sorted by length into batches
+POOL = 1024  # lessons drawn at once and sorted by length into batches
 IGNORED = -100
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
@@ -87,7 +105,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         pad_token=PAD,
         eos_token=END,
-        additional_special_tokens=[SYSTEM, USER, ASSISTANT],
+        additional_special_tokens=list(ROLES.values()),
         clean_up_tokenization_spaces=False,
         model_max_length=MAX_LENGTH,
         padding_side="left",
@@ -177,24 +195,25 @@ def initialise(model: LlamaForCausalLM) -> None:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, lessons: Sequence[Lesson], chat: float
-) -> list[tuple[list[int], int]]:
-    """Token ids of each prompt with its answer, and where the answer starts.
-
-    A share ``chat`` of the lessons is rendered as the chat template does it.
-    """
-    backend = tokenizer.backend_tokenizer
-    prompts = backend.encode_batch_fast([lesson.prompt for lesson in lessons])
-    answers = backend.encode_batch_fast([lesson.answer for lesson in lessons])
+    tokenizer: PreTrainedTokenizerFast, lessons: Sequence[Lesson]
+) -> list[tuple[list[int], list[bool]]]:
+    """Token ids of each lesson, and which of them the model is to write."""
+    texts = [turn.text for lesson in lessons for turn in lesson.turns]
+    encoded = iter(tokenizer.backend_tokenizer.encode_batch_fast(texts))
     known = tokenizer.get_vocab()
-    user, assistant, end = (known[token] for token in (USER, ASSISTANT, END))
-    encoded = []
-    for index, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        ids = list(prompt.ids)
-        if index % 100 < 100 * chat:
-            ids = [user, *ids, end, assistant]
-        encoded.append(([*ids, *answer.ids, end], len(ids)))
-    return encoded
+    rows = []
+    for lesson in lessons:
+        ids: list[int] = []
+        written: list[bool] = []
+        for turn in lesson.turns:
+            head = [known[ROLES[turn.role]]] if turn.role else []
+            body = list(next(encoded).ids)
+            if turn.role or turn.written:
+                body.append(known[END])
+            ids += head + body
+            written += [False] * len(head) + [turn.written] * len(body)
+        rows.append((ids, written))
+    return rows
 
 
 def blank(
@@ -204,7 +223,7 @@ def blank(
 
     Half of these rows lose random tokens, half whole sentences. Explanations by
     ablation put this token in the place of what they take away: a model that has seen
-    it becomes unsure there, as it should, and not odd.
+    it becomes unsure there, as it should, and not odd. Marks of roles and ends stay.
     """
     rows, length = ids.shape
     text = ids >= len(SPECIAL)
@@ -226,92 +245,176 @@ def blank(
 
 
 class Stage(NamedTuple):
-    """What the training problems are like up to a share of the training."""
+    """What the lessons are like up to a share of the training.
+
+    ``long``, ``many`` and ``talk`` are the shares of long chains, of problems among
+    many facts and of conversations.
+    """
 
     until: float
     facts: tuple[int, int]
     same_item: float
-    same_person: float
     repeat: float
     blank: float
+    long: float
+    many: float
+    talk: float
 
 
 # Looking up a fact is what takes long to learn. It is learnt soonest by repeating a few
 # facts in another order, all about one item, where only the person tells them apart.
 # The last stage is like the held-out problems.
 STAGES = (
-    Stage(0.12, (2, 5), 1.0, 0.0, 0.4, 0.0),
-    Stage(0.25, (4, 7), 0.8, 0.0, 0.2, 0.02),
-    Stage(0.55, (4, 9), 0.8, 0.0, 0.0, 0.05),
-    Stage(1.00, (6, 9), 0.4, 0.0, 0.0, 0.25),
+    Stage(0.10, (2, 5), 1.0, 0.4, 0.00, 0.00, 0.00, 0.00),
+    Stage(0.20, (4, 7), 0.8, 0.2, 0.02, 0.10, 0.00, 0.15),
+    Stage(0.50, (4, 9), 0.8, 0.0, 0.05, 0.15, 0.15, 0.25),
+    Stage(1.00, (6, 9), 0.4, 0.0, 0.25, 0.15, 0.15, 0.25),
 )
 
 
-class Lesson(NamedTuple):
-    """A prompt and what to write after it.
+class Turn(NamedTuple):
+    """A text with its role, or with none, and whether the model is to write it."""
 
-    ``repeats``: what to write are the facts in another order. Then the first word of a
-    sentence cannot be known and is not asked for.
+    role: str
+    text: str
+    written: bool
+
+
+class Lesson(NamedTuple):
+    """A plain text or a conversation, some of it to be written by the model.
+
+    ``repeats``: what to write are facts told before, in another order. Then the first
+    word of a sentence cannot be known and is not asked for.
     """
 
-    prompt: str
-    answer: str
-    repeats: bool
+    turns: tuple[Turn, ...]
+    repeats: bool = False
 
 
 def practice(stage: Stage, seed: int) -> list[Lesson]:
-    """A pool of lessons: repeated facts, and problems with one to three questions."""
+    """A pool of lessons: repeated facts, problems and conversations.
+
+    Half of the facts and problems are plain text, the other half are chats.
+    """
     rng = random.Random(f"practice {seed}")
     lessons: list[Lesson] = []
     while len(lessons) < POOL:
-        problem = draw_problem(
-            rng,
-            rng.randint(1, 3),
-            facts=stage.facts,
-            same_item=stage.same_item,
-            same_person=stage.same_person,
-        )
+        fate = rng.random()
+        if fate < stage.talk:
+            talk = draw_conversation(rng, "mixed", same_item=stage.same_item)
+            if not talk.is_held_out:
+                lessons.append(Lesson(turns_of(talk)))
+            continue
+        if fate < stage.talk + stage.long:
+            problem = draw_kind(rng, "long_chain", same_item=stage.same_item)
+        elif fate < stage.talk + stage.long + stage.many:
+            problem = draw_kind(rng, "distractors", same_item=stage.same_item)
+        else:
+            problem = problem_of(
+                draw_draft(
+                    rng,
+                    rng.choice((1, 1, 2, 2, 3)),
+                    facts=stage.facts,
+                    same_item=stage.same_item,
+                )
+            )
         if is_held_out(problem.prompt):
             continue
-        if rng.random() < stage.repeat:
+        user, assistant = rng.choice((("", ""), ("user", "assistant")))
+        prompt, answer = problem.prompt, problem.completion
+        repeats = fate >= 1 - stage.repeat
+        if repeats:
             told = [problem.prompt[slice(*fact)] for fact in problem.facts]
-            again = rng.sample(told, len(told))
-            lessons.append(Lesson(" ".join(told), " " + " ".join(again), True))
-        else:
-            lessons.append(Lesson(problem.prompt, problem.completion, False))
+            prompt = " ".join(told)
+            answer = " " + " ".join(rng.sample(told, len(told)))
+        turns = (Turn(user, prompt, False), Turn(assistant, answer, True))
+        lessons.append(Lesson(turns, repeats))
     return lessons
 
 
-def batches(
-    tokenizer: PreTrainedTokenizerFast, args: argparse.Namespace, start: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and labels of every training step from ``start``, the same in each run."""
+def turns_of(talk: Conversation) -> tuple[Turn, ...]:
+    """A conversation's messages, the assistant's to be written."""
+    return tuple(
+        Turn(message["role"], message["content"], message["role"] == "assistant")
+        for message in talk.messages
+    )
+
+
+Batch = tuple[IntArray, IntArray]  # inputs and labels, (rows, length) each
+
+
+class Course(NamedTuple):
+    """What the batches of a training depend on, besides the code."""
+
+    steps: int
+    batch: int
+    seed: int
+
+
+def pool_of_batches(
+    tokenizer: PreTrainedTokenizerFast, course: Course, pool: int
+) -> list[Batch]:
+    """The batches that one pool of lessons makes."""
     full_stop = tokenizer.get_vocab()["."]
     ends = np.array([full_stop, tokenizer.get_vocab()["?"]])
-    per_pool = POOL // args.batch
-    for pool in range(start // per_pool, math.ceil(args.steps / per_pool)):
-        seed = args.seed * 1_000_003 + pool
-        progress = pool * per_pool / args.steps
-        stage = next(stage for stage in STAGES if progress < stage.until)
-        lessons = practice(stage, seed)
-        encoded = encode(tokenizer, lessons, chat=0.5)
-        rng = np.random.default_rng(seed)
-        order = sorted(range(POOL), key=lambda index: len(encoded[index][0]))
-        for number, group in enumerate(rng.permutation(per_pool)):
-            chosen = order[group * args.batch :][: args.batch]
-            rows = [encoded[i] for i in chosen]
-            length = 8 * math.ceil(max(len(ids) for ids, _ in rows) / 8)
-            ids = np.full((args.batch, length), tokenizer.pad_token_id)
-            labels = np.full((args.batch, length), IGNORED)
-            for row, (tokens, answer) in enumerate(rows):
-                ids[row, : len(tokens)] = tokens
-                labels[row, answer - 1 : len(tokens) - 1] = tokens[answer:]
-                if lessons[chosen[row]].repeats:
-                    labels[row, answer - 1] = IGNORED
-                    labels[row, ids[row] == full_stop] = IGNORED
-            inputs = blank(ids, ends, rng, stage.blank)
-            if pool * per_pool + number >= start:
-                yield torch.from_numpy(inputs), torch.from_numpy(labels)
+    per_pool = POOL // course.batch
+    seed = course.seed * 1_000_003 + pool
+    progress = pool * per_pool / course.steps
+    stage = next(stage for stage in STAGES if progress < stage.until)
+    lessons = practice(stage, seed)
+    encoded = encode(tokenizer, lessons)
+    rng = np.random.default_rng(seed)
+    order = sorted(range(POOL), key=lambda index: len(encoded[index][0]))
+    made = []
+    for group in rng.permutation(per_pool):
+        chosen = order[group * course.batch :][: course.batch]
+        rows = [encoded[i] for i in chosen]
+        length = 8 * math.ceil(max(len(ids) for ids, _ in rows) / 8)
+        ids = np.full((course.batch, length), tokenizer.pad_token_id)
+        labels = np.full((course.batch, length), IGNORED)
+        for row, (tokens, written) in enumerate(rows):
+            ids[row, : len(tokens)] = tokens
+            places = np.flatnonzero(written)
+            labels[row, places - 1] = ids[row, places]
+            if lessons[chosen[row]].repeats:
+                labels[row, places[0] - 1] = IGNORED
+                labels[row, ids[row] == full_stop] = IGNORED
+        made.append((blank(ids, ends, rng, stage.blank), labels))
+    return made
+
+
+def batches(
+    tokenizer: PreTrainedTokenizerFast, course: Course, start: int, workers: int
+) -> Iterator[Batch]:
+    """Inputs and labels of every training step from ``start``, the same in each run.
+
+    Drawn ahead by ``workers`` other processes, or here if there are none.
+    """
+    per_pool = POOL // course.batch
+    pools = range(start // per_pool, math.ceil(course.steps / per_pool))
+    skipped = start % per_pool
+    for made in _pools(tokenizer, course, pools, workers):
+        yield from made[skipped:]
+        skipped = 0
+
+
+def _pools(
+    tokenizer: PreTrainedTokenizerFast, course: Course, pools: range, workers: int
+) -> Iterator[list[Batch]]:
+    if workers == 0:
+        for pool in pools:
+            yield pool_of_batches(tokenizer, course, pool)
+        return
+    # A forked process would inherit the locks of this one's threads.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context) as executor:
+        ahead: deque[Future[list[Batch]]] = deque()
+        for pool in pools:
+            ahead.append(executor.submit(pool_of_batches, tokenizer, course, pool))
+            if len(ahead) > 2 * workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def train(
@@ -331,11 +434,12 @@ def train(
             others, lr=ADAM * args.lr, betas=(0.9, 0.98), weight_decay=0.0
         ),
     ]
+    device = model.device
     checkpoint: Path = args.checkpoint
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     start = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, map_location=device, weights_only=True)
         if state["steps"] != args.steps:
             raise ValueError(
                 f"{checkpoint}: was made by a run of {state['steps']} steps, not "
@@ -348,17 +452,17 @@ def train(
 
     model.train()
     backbone = torch.compile(model.model, dynamic=True) if args.compile else model.model
-    average = None
     bar = tqdm(total=args.steps, initial=start, unit="step", mininterval=5)
-    for step, (inputs, labels) in enumerate(batches(tokenizer, args, start), start):
-        if step >= args.steps:
-            break
+    course = Course(args.steps, args.batch, args.seed)
+    drawn = batches(tokenizer, course, start, args.workers)
+    for step, batch in zip(range(start, args.steps), drawn, strict=False):
+        inputs, labels = (torch.from_numpy(part).to(device) for part in batch)
         warm = min(1.0, (step + 1) / (0.04 * args.steps))
         rate = args.lr * warm * (1 - step / args.steps) ** 2
         for optimizer, share in zip(optimizers, (1.0, ADAM), strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = share * rate
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             hidden = backbone(input_ids=inputs, use_cache=False).last_hidden_state
             asked = labels != IGNORED
             logits = model.lm_head(hidden[asked])
@@ -368,12 +472,9 @@ def train(
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        average = (
-            loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        )
         bar.update()
-        if step % 100 == 0:
-            bar.set_postfix(loss=f"{average:.4f}")
+        if step % 100 == 0:  # reading a loss waits for the device
+            bar.set_postfix(loss=f"{loss.item():.4f}")
         if (step + 1) % SAVE_EVERY == 0:
             state = {
                 "model": model.state_dict(),
@@ -429,7 +530,7 @@ def save(
         "unk_token": UNKNOWN,
         "pad_token": PAD,
         "eos_token": END,
-        "additional_special_tokens": [SYSTEM, USER, ASSISTANT],
+        "additional_special_tokens": list(ROLES.values()),
         "clean_up_tokenization_spaces": False,
         "model_max_length": MAX_LENGTH,
         "padding_side": "left",
@@ -449,21 +550,20 @@ def save(
 def write(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
-    prompts: Sequence[str],
-    chat: bool = False,
+    prompts: Sequence[str | list[Message]],
 ) -> list[str]:
-    """What the model writes after each prompt, greedily, without the end token."""
-    if chat:
-        prompts = [USER + prompt + END + ASSISTANT for prompt in prompts]
-    written = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    """What the model writes after each text or chat, greedily, without its end."""
+    texts = [
+        prompt if isinstance(prompt, str) else render(tokenizer, prompt)
+        for prompt in prompts
+    ]
+    written = [""] * len(texts)
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
     for start in range(0, len(order), 100):
         chosen = order[start : start + 100]
-        batch = tokenizer(
-            [prompts[i] for i in chosen], padding=True, return_tensors="pt"
-        )
+        batch = tokenizer([texts[i] for i in chosen], padding=True, return_tensors="pt")
         ids = model.generate(  # type: ignore[misc]
-            **batch, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
+            **batch.to(model.device), max_new_tokens=MAX_NEW_TOKENS, do_sample=False
         )[:, batch["input_ids"].shape[1] :]
         for index, row in zip(chosen, ids.tolist(), strict=True):
             length = (
@@ -475,6 +575,15 @@ def write(
     return written
 
 
+def render(tokenizer: PreTrainedTokenizerFast, messages: list[Message]) -> str:
+    """The chat as the model reads it before it writes the next message."""
+    return str(
+        tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False
+        )
+    )
+
+
 def answers(text: str) -> list[int]:
     """The numbers that a worked answer gives as answers."""
     return [int(number) for number in re.findall(r"answer is (\d+)\.", text)]
@@ -482,45 +591,105 @@ def answers(text: str) -> list[int]:
 
 def evaluate(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, n: int
-) -> dict[str, float]:
-    """Share of held-out problems solved, and of interventions answered rightly.
+) -> Iterator[tuple[str, float]]:
+    """Share of held-out problems and conversations solved, and of right interventions.
 
-    An intervention changes the number of one fact. A fact that an answer does not
-    depend on must leave it as it is; one that it depends on must change it by as much.
+    Solved means written to the letter. An intervention changes the number of one fact.
+    A fact that an answer does not depend on must leave it as it is; one that it depends
+    on must change it by as much.
     """
-    figures = {}
-    for kind in ("one_question", "two_questions"):
+    for kind in KINDS:
+        if kind == "mixed":
+            continue
         problems = sample_problems(n, 7, kind)
         for chat in (False, True):
-            written = write(model, tokenizer, [p.prompt for p in problems], chat)
-            solved = [
-                text == problem.completion
-                for text, problem in zip(written, problems, strict=True)
+            asked: list[str | list[Message]] = [
+                [{"role": "user", "content": p.prompt}] if chat else p.prompt
+                for p in problems
             ]
-            figures[f"{kind}, {'chat' if chat else 'plain'}: solved"] = mean(solved)
-        rng = random.Random(kind)
-        for name in ("distractor", "true fact"):
-            prompts, expected, places = [], [], []
-            for problem in problems:
-                place = rng.randrange(len(problem.answers))
-                truth = problem.answers[place].facts
-                facts = [
-                    f for f in problem.facts if (f in truth) == (name != "distractor")
-                ]
-                if not facts:
-                    continue
-                prompt, change = renumber(problem.prompt, rng.choice(facts), rng)
-                value = answers(problem.completion)[place]
-                prompts.append(prompt)
-                expected.append(value + change * (name != "distractor"))
-                places.append(place)
-            written = write(model, tokenizer, prompts)
+            written = write(model, tokenizer, asked)
+            yield (
+                f"{kind}, {'chat' if chat else 'plain'}: solved",
+                mean(
+                    [w == p.completion for w, p in zip(written, problems, strict=True)]
+                ),
+            )
+        yield from changed_problems(model, tokenizer, kind, problems)
+    for kind in CONVERSATION_KINDS:
+        if kind == "mixed":
+            continue
+        talks = sample_conversations(n, 7, kind)
+        for name, part in (("call", -3), ("worked answer", -1)):
+            written = write(model, tokenizer, [list(t.messages[:part]) for t in talks])
             right = [
-                answers(text)[place : place + 1] == [value]
-                for text, value, place in zip(written, expected, places, strict=True)
+                text == talk.messages[part]["content"]
+                for text, talk in zip(written, talks, strict=True)
             ]
-            figures[f"{kind}, {name} changed: right answer"] = mean(right)
-    return figures
+            yield f"conversation, {kind}, {name}: right", mean(right)
+        yield from changed_conversations(model, tokenizer, kind, talks)
+
+
+def changed_problems(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: str,
+    problems: Sequence[Problem],
+) -> Iterator[tuple[str, float]]:
+    """Shares of problems answered rightly with another number in one of their facts."""
+    rng = random.Random(kind)
+    for name in ("distractor", "true fact"):
+        prompts, expected, places = [], [], []
+        for problem in problems:
+            place = rng.randrange(len(problem.answers))
+            truth = problem.answers[place].facts
+            facts = [f for f in problem.facts if (f in truth) == (name != "distractor")]
+            if not facts:
+                continue
+            prompt, change = renumber(problem.prompt, rng.choice(facts), rng)
+            value = answers(problem.completion)[place]
+            prompts.append(prompt)
+            expected.append(value + change * (name != "distractor"))
+            places.append(place)
+        written = write(model, tokenizer, prompts)
+        right = [
+            answers(text)[place : place + 1] == [value]
+            for text, value, place in zip(written, expected, places, strict=True)
+        ]
+        yield f"{kind}, {name} changed: right answer", mean(right)
+
+
+def changed_conversations(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    kind: str,
+    talks: Sequence[Conversation],
+) -> Iterator[tuple[str, float]]:
+    """The same for conversations: a number of the user's or the tool's is changed."""
+    rng = random.Random(kind)
+    for name in ("distractor", "true fact", "overridden fact", "tool result"):
+        prompts, expected = [], []
+        for talk in talks:
+            truth = talk.answer.all_sources
+            candidates: dict[str, list[Source]] = {
+                "distractor": [f for f in talk.facts if f not in truth],
+                "true fact": [f for f in talk.facts if f in truth],
+                "overridden fact": [f for f in talk.facts if f == talk.overridden],
+                "tool result": [talk.result],
+            }
+            if not candidates[name]:
+                continue
+            fact = rng.choice(candidates[name])
+            messages = talk.before_answer
+            message = messages[fact.message]
+            message["content"], change = renumber(message["content"], fact.span, rng)
+            prompts.append(messages)
+            (value,) = answers(talk.messages[-1]["content"])
+            expected.append(value + change * (fact in truth))
+        if not prompts:
+            continue
+        written = write(model, tokenizer, prompts)
+        right = [answers(w) == [e] for w, e in zip(written, expected, strict=True)]
+        yield f"conversation, {kind}, {name} changed: right answer", mean(right)
 
 
 def renumber(prompt: str, fact: tuple[int, int], rng: random.Random) -> tuple[str, int]:
@@ -558,6 +727,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--checkpoint", type=Path, default=None, help="default: build/train_demo.pt"
     )
     parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="default: %(default)s",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        help="processes that draw lessons; default: %(default)s",
+    )
+    parser.add_argument(
+        "--shipped", action="store_true", help="evaluate the model in the package, only"
+    )
+    parser.add_argument(
         "--compile", action="store_true", help="torch.compile: needs a C++ compiler"
     )
     parser.add_argument(
@@ -569,7 +752,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.smoke:
         args.steps, args.batch, args.layers, args.width = 4, 8, 1, 32
-        args.evaluate = 2
+        args.evaluate, args.workers = 2, 0
         if args.out == DEMO_FILES:
             args.out = Path(tempfile.mkdtemp(prefix="train_demo_"))
     if args.checkpoint is None:
@@ -582,17 +765,21 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, write the files, evaluate."""
     args = parse(arguments)
-    torch.manual_seed(args.seed)
-    tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.layers, args.width)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    began = time.perf_counter()
-    train(model, tokenizer, args)
-    print(f"trained for {time.perf_counter() - began:.0f} s")
-    save(model, tokenizer, args.out)
-    args.checkpoint.unlink(missing_ok=True)
-    for name, figure in evaluate(model, tokenizer, args.evaluate).items():
-        print(f"{name}: {figure:.1%} of {args.evaluate}")
+    if args.shipped:
+        model, tokenizer = load_demo()
+        model.to(args.device)
+    else:
+        torch.manual_seed(args.seed)
+        tokenizer = build_tokenizer()
+        model = build_model(tokenizer, args.layers, args.width).to(args.device)
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+        began = time.perf_counter()
+        train(model, tokenizer, args)
+        print(f"trained for {time.perf_counter() - began:.0f} s")
+        save(model, tokenizer, args.out)
+        args.checkpoint.unlink(missing_ok=True)
+    for name, figure in evaluate(model, tokenizer, args.evaluate):
+        print(f"{name}: {figure:.1%} of {args.evaluate}", flush=True)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,18 @@ DEMO_FILES = Path(__file__).parent
 def load_demo() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """The demo model and its tokenizer, ready to generate.
 
-    The model solves the problems of :func:`sample_problems`, given as plain text or
-    through the chat template. It knows nothing else. Id 0 is ``<unk>``, the baseline
-    that Captum's ``TextTokenInput`` uses by default; the model was trained with it in
-    random places.
+    The model solves the problems of :func:`sample_problems`, of every kind, given as
+    plain text or through the chat template, and goes on with the conversations of
+    :func:`sample_conversations` through the chat template: it writes the call and,
+    after the tool's result, the worked answer. It knows nothing else.
+
+    The chat template writes every message as ``<|role|>content<|end|>``, roles being
+    ``system``, ``user``, ``assistant`` and ``tool`` in any order. What the model writes
+    as an assistant begins with a space, as a completion of plain text does; give it
+    back with that space, and an earlier turn has the ids that it was written with.
+
+    Id 0 is ``<unk>``, the baseline that Captum's ``TextTokenInput`` uses by default;
+    the model was trained with it in random places.
 
     Reads the files of the package only. The global random state is left as it was.
 
