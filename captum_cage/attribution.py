@@ -31,7 +31,7 @@ from captum_cage.draws import DrawnRows
 from captum_cage.followup import Followup, Question
 from captum_cage.graph import AttributionGraph, Normalization
 from captum_cage.inputs import Prompt, baseline_id, target_ids
-from captum_cage.methods.catalogue import capability_of
+from captum_cage.methods.catalogue import is_random
 from captum_cage.result import GraphAttributionResult
 from captum_cage.rows import check_task
 from captum_cage.scoring import (
@@ -518,9 +518,7 @@ def _check_draws(
     number = whole_number(
         "draws", draws, minimum=1, remedy="Pass how often to draw the rows."
     )
-    declared = capability_of(type(llm_attr.attr_method))
-    is_random = declared is None or declared.random
-    if number > 1 and not is_random and not callable(getattr(inp, "baselines", None)):
+    if number > 1 and not is_random(type(llm_attr.attr_method), inp):
         raise ValueError(
             complaint(
                 "draws",

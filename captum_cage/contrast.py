@@ -18,8 +18,7 @@ from captum_cage._captum import LLMAttributionObject, base_method
 from captum_cage._checks import complaint, shown, whole_number
 from captum_cage.foils import Foil
 from captum_cage.inputs import token_ids
-from captum_cage.methods.capability import Capability
-from captum_cage.methods.catalogue import capability_of
+from captum_cage.methods.catalogue import capability_of, is_random
 from captum_cage.rows import check_task
 from captum_cage.scoring import check_sequence
 from captum_cage.spans import find_span
@@ -180,7 +179,7 @@ def contrasts(task: RowTask, foils: Any) -> tuple[Contrast, ...]:
 
 def _check_method(task: RowTask) -> None:
     method = task.llm_attr.attr_method
-    declared = _declared(task)
+    declared = capability_of(type(task.llm_attr.attr_method))
     depends = declared is None or declared.depends_on_target
     if not getattr(method, "depends_on_target", depends):
         raise ValueError(
@@ -193,10 +192,6 @@ def _check_method(task: RowTask) -> None:
                 "FeatureAblation or AttnLRP.",
             )
         )
-
-
-def _declared(task: RowTask) -> Capability | None:
-    return capability_of(type(task.llm_attr.attr_method))
 
 
 def _contrast(task: RowTask, key: Any, foil: Any) -> Contrast:
@@ -319,11 +314,8 @@ def contrast_row(
     Returns:
         numpy.ndarray: raw row, shape ``(N,)``, zero from the stretch on.
     """
-    declared = _declared(task)
     is_unit = task.range_of(contrast.step) == (contrast.start, contrast.stop)
-    is_random = declared is None or declared.random
-    # Baselines that are a function are drawn at every evaluation.
-    is_random |= callable(getattr(task.prompt.inp, "baselines", None))
+    draws = is_random(type(task.llm_attr.attr_method), task.prompt.inp)
     written = task.generated[contrast.start : contrast.stop]
 
     def row(ids: Sequence[int]) -> npt.NDArray[np.float64]:
@@ -333,7 +325,7 @@ def contrast_row(
         found[: len(one) - 1] = one[:-1]
         return found
 
-    if plain is not None and is_unit and not is_random:
+    if plain is not None and is_unit and not draws:
         return plain - row(contrast.ids)
     with _same_draws(task.llm_attr):
         target = row(written)

@@ -15,6 +15,7 @@ from torch import nn
 from captum_cage._captum import argument, draws_fair_coins
 from captum_cage.causal import CausalModel
 from captum_cage.contrast import Contrast
+from captum_cage.engines.gradient import ENOUGH_TOKENS, MOST_SEGMENTS, TOGETHER
 from captum_cage.engines.registry import find_engine
 from captum_cage.methods.catalogue import capability_of
 from captum_cage.task import RowTask
@@ -23,10 +24,6 @@ __all__ = ["Counted", "count_sequences", "most_sequences"]
 
 # Passes besides: the plain text, read by an engine in its own way and for the scores.
 _ASIDE = 4
-# How the gradient engine shares out its passes; it has these numbers, too.
-_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
-_MOST_SEGMENTS = 8
-_TOGETHER = 64
 
 
 @dataclass
@@ -208,10 +205,10 @@ def _gradients(name: str | None, by_token: bool = False) -> Formula:
         model = CausalModel(task.llm_attr.model, task.llm_attr.device)
         each = by_token or model.dtype == torch.float64
         targets = sum(work.tokens) if each else len(work.tokens)
-        enough = _ENOUGH_TOKENS.get(model.device.type, _ENOUGH_TOKENS["cuda"])
+        enough = ENOUGH_TOKENS.get(model.device.type, ENOUGH_TOKENS["cuda"])
         together = max(1, enough // len(task.prompt.ids))
-        calls = max(work.calls, math.ceil(len(work.tokens) / _TOGETHER))
-        filled = calls * (_MOST_SEGMENTS + 1) * (points + together - 1)
+        calls = max(work.calls, math.ceil(len(work.tokens) / TOGETHER))
+        filled = calls * (MOST_SEGMENTS + 1) * (points + together - 1)
         aside = work.calls * (4 + work.baselines)
         return min(3 * points * targets, filled) + aside
 

@@ -42,9 +42,9 @@ __all__ = [
 Features: TypeAlias = str | Collection[str] | Callable[[Mapping[str, Any]], bool]
 ModelInput: TypeAlias = str | Tensor | dict[str, Any]
 
+_TAG = "<[^<>]*>"  # such as those around thoughts
 # Entries of a processor's output that have one number per token, and what a generated
 # token gets there.
-_TAG = "<[^<>]*>"  # such as those around thoughts
 _PER_TOKEN = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 

@@ -1422,7 +1422,7 @@ class TestInterrupts:
     ):
         """Both calls together push what one would, and a few checks."""
         # A chunk of gradients is finished as a whole.
-        monkeypatch.setattr(gradient_module, "_TOGETHER", 2)
+        monkeypatch.setattr(gradient_module, "TOGETHER", 2)
         inp = TextTokenInput("Ana has", tokenizer)
         target = tokenizer.encode(" 3 pens. So she sells 9 of them.")
         if method is ShapleyValues:

@@ -48,16 +48,16 @@ from captum_cage.methods.attnlrp import AttnLRP
 from captum_cage.methods.gradient_shap import EmbeddingGradientShap
 from captum_cage.task import RowTask
 
-__all__ = ["GRADIENT"]
+__all__ = ["ENOUGH_TOKENS", "GRADIENT", "MOST_SEGMENTS", "TOGETHER"]
 
 _MEMORY_SHARE = 0.5
 # Tokens in one pass from which more points or copies are no faster.
-_ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
+ENOUGH_TOKENS = {"cpu": 1024, "cuda": 32768}
 # What starting the operations of one segment costs, in tokens that pass meanwhile.
 _START = {"cpu": 40, "cuda": 8192}
-_MOST_SEGMENTS = 8
+MOST_SEGMENTS = 8
 _COPIES = (1, 2, 4, 8, 16, 32, 64)
-_TOGETHER = 64
+TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _rows(task: RowTask, steps: Sequence[int]) -> Iterator[npt.NDArray[np.float6
 
 def _chunks(steps: list[int]) -> list[list[int]]:
     """Units whose rows are finished together: what an interrupt may lose."""
-    return [steps[i : i + _TOGETHER] for i in range(0, len(steps), _TOGETHER)]
+    return [steps[i : i + TOGETHER] for i in range(0, len(steps), TOGETHER)]
 
 
 @dataclass(frozen=True)
@@ -367,7 +367,7 @@ class _Passes:
 
         plans = [
             plan(parts, copies)
-            for parts in range(1, min(len(targets), _MOST_SEGMENTS) + 1)
+            for parts in range(1, min(len(targets), MOST_SEGMENTS) + 1)
             for copies in _COPIES
             if copies == 1 or (copies <= len(targets) and points * copies <= most)
         ]
@@ -401,7 +401,7 @@ class _Passes:
         while start < len(self._path.weights):
             most = self._fitting(total.shape[1])
             kind = self._model.device.type
-            enough = _ENOUGH_TOKENS.get(kind, _ENOUGH_TOKENS["cuda"])
+            enough = ENOUGH_TOKENS.get(kind, ENOUGH_TOKENS["cuda"])
             most = max(1, min(most, enough // total.shape[1]))
             left = len(self._path.weights) - start
             size = -(-left // -(-left // most))  # batches of about one size

@@ -27,6 +27,7 @@ __all__ = [
     "accepted_inputs",
     "capabilities",
     "capability_of",
+    "is_random",
     "llm_attribution",
     "markdown_table",
     "method_named",
@@ -171,6 +172,26 @@ def capability_of(method: type[Any]) -> Capability | None:
         'n_samples'
     """
     return dict(_CAPTUM).get(method) or _declared(method)
+
+
+def is_random(method: type[Any], inp: Any) -> bool:
+    """Whether a base method's rows may differ from one call to the next.
+
+    They do where it samples, where it is not listed, so that nobody knows, and where
+    the input's baselines are a function, which is called anew each time.
+
+    Args:
+        method (type): class of the base method.
+        inp (InterpretableInput): what is explained.
+
+    Example:
+        >>> from captum.attr import FeatureAblation, KernelShap
+        >>> is_random(KernelShap, None), is_random(FeatureAblation, None)
+        (True, False)
+    """
+    declared = capability_of(method)
+    draws_baselines = callable(getattr(inp, "baselines", None))
+    return declared is None or declared.random or draws_baselines
 
 
 def method_named(name: str) -> tuple[type[Any], Capability]:
