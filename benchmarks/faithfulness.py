@@ -54,6 +54,7 @@ from captum_cage.metrics import (
     calibrate_metric,
     compare_all,
     estimate,
+    metric_names,
     orders_of,
 )
 from captum_cage.metrics.datasets import (
@@ -185,6 +186,8 @@ def of_hub(name: str) -> Callable[[int, int], Iterator[Example]]:
 DATASETS: dict[str, Callable[[int, int], Iterator[Example]]] = {
     "one_question": of_demo("one_question"),
     "two_questions": of_demo("two_questions"),
+    "long_chain": of_demo("long_chain"),
+    "distractors": of_demo("distractors"),
     "facts": lambda count, seed: facts(FACTS, count, seed=seed),
     "needle": lambda count, seed: needles(FACTS, count, length=20, seed=seed),
     "variables": lambda count, seed: variable_tracking(count, seed=seed),
@@ -671,7 +674,7 @@ def calibration_table(calibration: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(options: argparse.Namespace, text: str, calibration: Any) -> None:
+def write_page(options: argparse.Namespace, text: str) -> None:
     """The page of the docs, its pictures, and the verdicts in the package."""
     page = ROOT / "docs" / "faithfulness.md"
     head = page.read_text(encoding="utf-8").split(GENERATED)[0]
@@ -683,9 +686,11 @@ def write_page(options: argparse.Namespace, text: str, calibration: Any) -> None
             images.mkdir(exist_ok=True)
             (images / f"faithfulness_{name}.png").write_bytes(picture.read_bytes())
     verdicts = ROOT / "captum_cage" / "metrics" / "calibration.json"
-    known = json.loads(verdicts.read_text()) if verdicts.exists() else []
-    known = [one for one in known if one["removal"] != calibration["removal"]]
-    verdicts.write_text(json.dumps([*known, calibration], indent=1) + "\n")
+    known = [
+        json.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(options.out.glob("calibration_*.json"))
+    ]
+    verdicts.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
 
 
 def any_value(records: Sequence[Mapping[str, Any]], metric: str) -> bool:
@@ -781,13 +786,18 @@ def load_bench(options: argparse.Namespace) -> Bench:
     return Bench(loaded, reader, reader.chat_template is not None, options)
 
 
-def calibrated(bench: Bench, path: Path) -> Mapping[str, Any]:
-    """Whether the metrics tell the truth, measured once and kept."""
+def calibrated(bench: Bench, removal: str) -> Mapping[str, Any]:
+    """Whether metrics tell the truth: all that there are, measured once and kept."""
+    options = bench.options
+    path: Path = options.out / f"calibration_{removal}.json"
     if path.exists():
         found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return found
-    options = bench.options
-    metrics = [name for name in options.metrics if name not in TRUTH]
+    metrics = [
+        name
+        for name in metric_names()
+        if ": " in name and (not options.smoke or name in options.metrics)
+    ]
     # Other problems than those that are measured.
     examples = alternating(
         demo_examples(options.problems, options.seed + 1, "two_questions")
@@ -796,10 +806,11 @@ def calibrated(bench: Bench, path: Path) -> Mapping[str, Any]:
         bench.cage(Case("ablation")),
         examples,
         metrics,
-        removal=options.removal,
+        removal=removal,
         axis=options.axis,
         show_progress=True,
     )
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(calibration.to_dict(), indent=1) + "\n")
     return calibration.to_dict()
 
@@ -821,6 +832,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--samples", type=int, help="texts for each set of sources; default: greedy")
     add("--max-new-tokens", type=int, default=256)
     add("--seed", type=int, default=0)
+    add("--calibrate", nargs="+", metavar="REMOVAL", help="only test the metrics")
     add("--out", type=Path, default=Path("runs/faithfulness"))
     add("--export", type=Path, help="write the examples for other libraries, and stop")
     add("--rivals", type=Path, nargs="+", default=[], help="scores of other libraries")
@@ -855,12 +867,16 @@ def main() -> None:
     if options.export is not None:
         export(bench, options.export)
         return
+    if options.calibrate:
+        for removal in options.calibrate:
+            print(calibration_table(calibrated(bench, removal)))
+        return
     cases = [c for c in CASES if "all" in options.methods or c.name in options.methods]
     records_file = options.out / "records.jsonl"
     run(bench, cases, records_file)
     calibration: Mapping[str, Any] = {}
     if options.model == DEMO:
-        calibration = calibrated(bench, options.out / "calibration.json")
+        calibration = calibrated(bench, options.removal)
     records = read_records(records_file)
     for name in options.datasets:
         own = [record for (data, _), record in records.items() if data == name]
@@ -870,7 +886,7 @@ def main() -> None:
     text = report(options, records_file, calibration)
     (options.out / "tables.md").write_text(text, encoding="utf-8")
     if options.docs:
-        write_page(options, text, calibration)
+        write_page(options, text)
     print(text)
     if options.smoke:
         print(cost_of_paper())

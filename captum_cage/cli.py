@@ -36,6 +36,7 @@ from captum_cage._checks import complaint
 from captum_cage._version import __version__
 from captum_cage.attribution import GraphContextAttribution
 from captum_cage.demo import load_demo, sample_problems
+from captum_cage.demo.problems import KINDS
 from captum_cage.engines.registry import engine_names
 from captum_cage.foils import Alternative
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
@@ -228,9 +229,7 @@ class _Dtype(str, Enum):
     float16 = "float16"
 
 
-class _Kind(str, Enum):
-    one_question = "one_question"
-    two_questions = "two_questions"
+_Kind = Enum("_Kind", [(kind, kind) for kind in KINDS], type=str)  # type: ignore[misc]
 
 
 ExplainOption = Annotated[
@@ -451,7 +450,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Which problem.")] = 0,
     kind: Annotated[
         _Kind, typer.Option("--kind", help="Kind of problem.")
-    ] = _Kind.two_questions,
+    ] = _Kind("two_questions"),
     top: TopOption = 8,
     paths: PathsOption = 2,
     width: WidthOption = None,

@@ -27,8 +27,8 @@ def demo() -> Any:
 
 @cache
 def chosen() -> tuple[Example, ...]:
-    """Both answers of some problems."""
-    return examples(2)
+    """Both answers of some problems, of which the model guesses none without facts."""
+    return examples(2, seed=1)
 
 
 def explained(example: Example) -> GraphAttributionResult:
