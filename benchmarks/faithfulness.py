@@ -51,6 +51,7 @@ from captum_cage.demo import examples as demo_examples
 from captum_cage.demo import load_demo
 from captum_cage.methods.catalogue import llm_attribution, method_named, needs_argument
 from captum_cage.metrics import (
+    Comparison,
     calibrate_metric,
     compare_all,
     estimate,
@@ -462,6 +463,12 @@ def column(
     )
 
 
+def mean(values: FloatArray) -> float:
+    """Of the finite ones; NaN where there is none."""
+    values = values[np.isfinite(values)]
+    return float(np.mean(values)) if len(values) else np.nan
+
+
 def methods_in(records: Sequence[Mapping[str, Any]]) -> list[str]:
     """Methods that were measured, in the order of the first record."""
     names = dict.fromkeys(name for record in records for name in record["scores"])
@@ -506,12 +513,13 @@ def scores_table(
 
 
 def claims_table(records: Sequence[Mapping[str, Any]]) -> str:
-    """Marginalised against other ways, pair by pair, and the gain over direct."""
+    """Marginalised against other ways, pair by pair; bold where it is better."""
+    against = CLAIMS["auroc"]
     lines = [
-        "| method | metric | against | difference (95% interval) | wins, losses, ties "
-        "| effect | p, corrected | holds |",
-        "|---|---|---|---:|---:|---:|---:|---|",
+        f"| method | metric | {' | '.join(f'against {other}' for other in against)} |",
+        "|---|---|" + "---|" * len(against),
     ]
+    asked = held = 0
     for method in methods_in(records):
         for metric, others in CLAIMS.items():
             own = column(records, method, "marginalised", metric)
@@ -526,13 +534,21 @@ def claims_table(records: Sequence[Mapping[str, Any]]) -> str:
                 {other: values[valid] for other, values in theirs.items()},
                 higher_is_better=metric in HIGHER,
             )
-            for other, one in found.items():
-                lines.append(
-                    f"| {method} | {metric} | {other} | {one.difference} | {one.wins}, "
-                    f"{one.losses}, {one.ties} | {one.effect:.2f} | "
-                    f"{one.p_corrected:.1e} | {'yes' if one.is_better else 'no'} |"
-                )
+            asked += len(found)
+            held += sum(one.is_better for one in found.values())
+            cells = [claim(found[other]) if other in found else "" for other in against]
+            lines.append(f"| {method} | {metric} | {' | '.join(cells)} |")
+    lines += ["", f"Marginalised is better in {held} of {asked} comparisons."]
     return "\n".join(lines)
+
+
+def claim(found: Comparison) -> str:
+    """Difference, wins and losses, effect size and corrected p-value."""
+    difference = f"**{found.difference}**" if found.is_better else f"{found.difference}"
+    effect = f", d {found.effect:.2f}" if np.isfinite(found.effect) else ""
+    return (
+        f"{difference}; {found.wins}:{found.losses}{effect}, p {found.p_corrected:.0e}"
+    )
 
 
 def gains_table(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
@@ -541,15 +557,22 @@ def gains_table(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) ->
         f"| method | {' | '.join(metrics)} |",
         "|---|" + "---:|" * len(metrics),
     ]
+    gains: dict[str, list[float]] = {metric: [] for metric in metrics}
     for method in methods_in(records):
         cells = []
         for metric in metrics:
-            own = np.nanmean(column(records, method, "marginalised", metric))
-            direct = np.nanmean(column(records, method, "direct", metric))
+            own = mean(column(records, method, "marginalised", metric))
+            direct = mean(column(records, method, "direct", metric))
             gain = (own - direct) / direct if direct else np.nan
-            sign = 1.0 if metric in HIGHER else -1.0
-            cells.append(f"{sign * gain:+.0%}" if np.isfinite(gain) else "")
-        lines.append(f"| {method} | {' | '.join(cells)} |")
+            gain *= 1.0 if metric in HIGHER else -1.0
+            cells.append(f"{gain:+.0%}" if np.isfinite(gain) else "")
+            if np.isfinite(gain):
+                gains[metric].append(gain)
+        if any(cells):  # another library's scores come one way only
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    means = [mean(np.array(values)) for values in gains.values()]
+    cells = [f"**{gain:+.0%}**" if np.isfinite(gain) else "" for gain in means]
+    lines.append(f"| mean of methods | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -606,9 +629,13 @@ def provenance(options: argparse.Namespace) -> str:
 
 
 def report(
-    options: argparse.Namespace, records_file: Path, calibration: Mapping[str, Any]
+    options: argparse.Namespace,
+    records_file: Path,
+    calibration: Mapping[str, Any],
+    *,
+    brief: bool = False,
 ) -> str:
-    """All tables, as Markdown."""
+    """All tables, as Markdown; in brief, only the main ones of other data sets."""
     records = read_records(records_file)
     untrusted = marks(calibration)
     parts = [provenance(options)]
@@ -619,6 +646,8 @@ def report(
         if not own:
             continue
         metrics = [m for m in options.metrics if any_value(own, m)]
+        if brief and name != options.datasets[0]:
+            metrics = [m for m in metrics if m in CLAIMS]
         fixed = [m for m in metrics if m.startswith(("span", "response"))]
         told = [m for m in metrics if m not in fixed]
         parts += [f"## {name}: {len(own)} examples", reached(own)]
@@ -633,17 +662,16 @@ def report(
             claims_table(own),
             "### Mean relative gain over direct",
             gains_table(own, metrics),
-            PAPER_AGGREGATES,
-            "### Time",
-            seconds_table(own),
         ]
+        if not brief or name == options.datasets[0]:
+            parts += [PAPER_AGGREGATES, "### Time", seconds_table(own)]
     return "\n\n".join(parts) + "\n"
 
 
 def reached(records: Sequence[Mapping[str, Any]]) -> str:
     """How often the model comes to the statements at all."""
     whole, none = (
-        np.nanmean([np.nan if r[key] is None else r[key] for r in records])
+        mean(np.array([np.nan if r[key] is None else r[key] for r in records]))
         for key in ("reached", "reached_without")
     )
     return (
@@ -886,7 +914,7 @@ def main() -> None:
     text = report(options, records_file, calibration)
     (options.out / "tables.md").write_text(text, encoding="utf-8")
     if options.docs:
-        write_page(options, text)
+        write_page(options, report(options, records_file, calibration, brief=True))
     print(text)
     if options.smoke:
         print(cost_of_paper())

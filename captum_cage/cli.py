@@ -230,6 +230,7 @@ class _Dtype(str, Enum):
 
 
 _Kind = Enum("_Kind", [(kind, kind) for kind in KINDS], type=str)  # type: ignore[misc]
+_TWO_QUESTIONS = _Kind("two_questions")
 
 
 ExplainOption = Annotated[
@@ -442,7 +443,7 @@ def _console(width: int | None) -> Console:
     epilog=(
         "Examples:\n\n"
         "captum-cage demo\n\n"
-        "captum-cage demo --seed 7 --kind one_question\n\n"
+        "captum-cage demo --seed 7 --kind long_chain\n\n"
         "captum-cage demo --json - | python -m json.tool"
     ),
 )
@@ -450,7 +451,7 @@ def demo(
     seed: Annotated[int, typer.Option("--seed", help="Which problem.")] = 0,
     kind: Annotated[
         _Kind, typer.Option("--kind", help="Kind of problem.")
-    ] = _Kind("two_questions"),
+    ] = _TWO_QUESTIONS,
     top: TopOption = 8,
     paths: PathsOption = 2,
     width: WidthOption = None,

@@ -883,7 +883,7 @@ class TestDemo:
         assert one_line(right) in done.stderr
         assert "true fact" in done.stdout
 
-    @pytest.mark.parametrize("kind", ["one_question", "two_questions"])
+    @pytest.mark.parametrize("kind", ["one_question", "two_questions", "distractors"])
     def test_its_true_facts_stand_above_all_others(self, kind):
         """In the order of the marginalised shares; the answer is the last one."""
         done = run("demo", "--kind", kind)

@@ -180,6 +180,16 @@ class TestPasses:
         with pytest.raises(RuntimeError, match="one sequence must fit into memory"):
             Passes(wrapped(model)).scores(texts)
 
+    def test_a_text_beyond_the_context_is_refused(self):
+        """Before the model is asked, which might fail in its own way, or not at all."""
+        model = small(max_position_embeddings=16)
+        texts = [Scored([9] * n, [False] * n, np.array([1])) for n in (16, 17)]
+        assert len(Passes(wrapped(model)).scores(texts[:1])) == 1
+        passes = Passes(wrapped(model))
+        with pytest.raises(ValueError, match=r"context of 16 tokens.*are 17"):
+            passes.scores(texts)
+        assert passes.sequences == 0
+
     def test_a_model_in_training_says_what_it_says_later(self):
         """Nothing is dropped; it goes on training."""
         model, texts = small(attention_dropout=0.5), texts_of(3)
@@ -217,6 +227,27 @@ class TestFixedText:
         assert found.shape == (6, sum(case.written))
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
         assert np.ptp(found, axis=0).min() > 1e-6
+
+    def test_what_was_scored_before_an_interrupt_is_kept(self, monkeypatch):
+        """And the model is asked for the rest alone."""
+        model, case = small(), case_of("text", "word")
+        kept = np.array(sets(max(case.source) + 1))[:6]
+        expected = scorer_of(wrapped(model), case, "delete").scores(kept)
+        forward, calls = model.forward, []
+
+        def interrupted(input_ids, **arguments):
+            calls.append(len(input_ids))
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return forward(input_ids=input_ids, **arguments)
+
+        monkeypatch.setattr(model, "forward", interrupted)
+        scorer = scorer_of(wrapped(model), case, "delete", batch_size=1)
+        with pytest.raises(KeyboardInterrupt):
+            scorer.scores(kept)
+        found = scorer.scores(kept)
+        assert len(calls) == 4 + 3
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10)
 
     @pytest.mark.parametrize("removal", ["delete", "suppress"])
     @pytest.mark.parametrize("arch", ARCHITECTURES)

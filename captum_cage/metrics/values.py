@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from captum_cage.methods.suppression import hidden_tokens
 from captum_cage.metrics.regeneration import Regenerator, Written
 from captum_cage.metrics.removal import ChangedText, Remover
 from captum_cage.metrics.statement import Statement, whole
-from captum_cage.scoring import held, scores_after
+from captum_cage.scoring import context_length, held, scores_after
 from captum_cage.text import decode, read_tokens, sentence_spans, special_ids
 
 __all__ = [
@@ -245,33 +245,43 @@ class Passes:
         self._chosen = batch_size is not None
         self.sequences = 0
 
-    def scores(self, texts: Sequence[Scored], bar: Any = None) -> list[Array]:
-        """Score of each token that is asked for, of each text, float64.
+    def scores(self, texts: Sequence[Scored]) -> list[Array]:
+        """Score of each token that is asked for, of each text, float64."""
+        found = dict(self.finished(texts))
+        return [found[number] for number in range(len(texts))]
 
-        Args:
-            texts (Sequence[Scored]): the texts.
-            bar (tqdm, optional): a progress bar of texts.
+    def finished(self, texts: Sequence[Scored]) -> Iterator[tuple[int, Array]]:
+        """The same as it comes, not in order, each with the number of its text.
+
+        Raises:
+            ValueError: if a text is longer than the model's context.
         """
         model = CausalModel(self._llm_attr.model, self._llm_attr.device)
-        found: dict[int, Array] = {}
+        room = context_length(self._llm_attr.model)
+        longest = max((len(text.ids) for text in texts), default=0)
+        if room is not None and longest > room:
+            raise ValueError(
+                complaint(
+                    "evaluate",
+                    f"a text that is scored must fit the model's context of {room} "
+                    "tokens",
+                    f"what was written again and the explained text are {longest}",
+                    "Pass a smaller max_new_tokens in gen_args.",
+                )
+            )
         # The longest first, to which the others in its batch are filled up.
         queue = sorted(range(len(texts)), key=lambda number: -len(texts[number].ids))
-        with held(self._llm_attr), torch.no_grad():
-            while queue:
-                length = len(texts[queue[0]].ids)
-                batch = queue[: self._batch_size(length, model)]
-                try:
-                    with memory_errors():
-                        scores = self._pass(model, [texts[one] for one in batch])
-                except OutOfMemory as error:
-                    self._most = half(len(batch), error, model.device)
-                    continue
-                queue = queue[len(batch) :]
-                self.sequences += len(batch)
-                found.update(zip(batch, scores, strict=True))
-                if bar is not None:
-                    bar.update(len(batch))
-        return [found[number] for number in range(len(texts))]
+        while queue:
+            batch = queue[: self._batch_size(len(texts[queue[0]].ids), model)]
+            try:
+                with held(self._llm_attr), torch.no_grad(), memory_errors():
+                    scores = self._pass(model, [texts[one] for one in batch])
+            except OutOfMemory as error:
+                self._most = half(len(batch), error, model.device)
+                continue
+            queue = queue[len(batch) :]
+            self.sequences += len(batch)
+            yield from zip(batch, scores, strict=True)
 
     def _batch_size(self, length: int, model: CausalModel) -> int:
         if self._chosen and self._most is not None:
@@ -344,12 +354,14 @@ class TextScorer:
                     self._passes.sequences += 1
                     bar.update()
             else:
+                names = list(new)
                 texts = [
                     Scored(text.ids, text.hidden, self._places(text))
                     for text in new.values()
                 ]
-                found = self._passes.scores(texts, bar) if texts else []
-                self._known.update(zip(new, found, strict=True))
+                for number, scores in self._passes.finished(texts):
+                    self._known[names[number]] = scores
+                    bar.update()
         return np.stack([self._known[key] for key in keys])
 
     def _places(self, text: ChangedText) -> npt.NDArray[np.int64]:
