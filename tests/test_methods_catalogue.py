@@ -43,6 +43,7 @@ from tiny import (
 )
 
 PROMPT = "Ana has 3. Mia has"
+SHORT = "Ana. Mia"
 TARGET = " 4. So"
 LONG = "Ana has 3 pens. Mia has 4 more pens than Ana."
 KNOWN = {declared.name: (method, declared) for method, declared in capabilities()}
@@ -138,11 +139,11 @@ class TestConformance:
         """Tokens everywhere; templates where no tokens are needed."""
         llm_attr = made(name, models[arch])
         accepted = accepted_inputs(KNOWN[name][1])
-        for kind, inp in inputs_of_each_kind(tokenizer, PROMPT).items():
+        # It takes all subsets: the fewer units the better.
+        prompt, target = (SHORT, " 4") if name == "shapley" else (PROMPT, TARGET)
+        for kind, inp in inputs_of_each_kind(tokenizer, prompt).items():
             if kind.startswith("template") and "templates" not in accepted:
                 continue
-            # It takes all subsets: the fewer units the better.
-            target = " 4" if name == "shapley" else TARGET
             try:
                 result = explained(llm_attr, inp, target, units=units, **few(name))
             except ValueError as error:

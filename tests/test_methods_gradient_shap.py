@@ -120,7 +120,7 @@ class TestEngine:
         llm_attr = LLMGradientAttribution(method, tiny_tokenizer())
         inp = TokenIdsInput(ids_of(), tiny_tokenizer())
         check_engine(
-            llm_attr, inp, TARGET, units="sentence", n_samples=3, repeats=15, **options
+            llm_attr, inp, TARGET, units="sentence", n_samples=3, repeats=8, **options
         )
 
 

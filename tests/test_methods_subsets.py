@@ -682,7 +682,7 @@ class TestEngine:
         llm_attr = LLMAttribution(CLime(model), tokenizer)
         inp = TextTokenInput(SHORT, tokenizer)
         target = tokenizer.encode(" Mia has 7")
-        options = {"oversampling": 2, "repeats": 40, "units": units}
+        options = {"oversampling": 2, "repeats": 16, "units": units}
         check_engine(llm_attr, inp, target, **options)
 
     @pytest.mark.parametrize("units", ["token", "word", "sentence"])
@@ -691,7 +691,7 @@ class TestEngine:
         llm_attr = LLMAttribution(ContextCite(model), tokenizer)
         inp = TextTokenInput(SHORT, tokenizer)
         target = tokenizer.encode(" Mia has 7")
-        options = {"n_samples": 16, "repeats": 40, "units": units}
+        options = {"n_samples": 16, "repeats": 16, "units": units}
         check_engine(llm_attr, inp, target, **options)
 
     def test_rows_of_the_same_ablations_are_the_loop_s(

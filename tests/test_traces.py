@@ -338,9 +338,7 @@ class TestRows:
     def test_every_engine_gives_the_loop_s_rows(self, declared, units, chatty):
         """Fixed tokens and turns from outside between generated ones."""
         model, tokenizer = chatty
-        count = 12 if units == "token" else 16
-        if declared.name == "shapley":
-            count = 2 * count // 3
+        count = 8 if declared.name == "shapley" else 12
         ids = tokenizer.encode(TEXT)[:count]
         turn = np.arange(count) % (count // 2)
         generated = turn > count // 4
@@ -359,7 +357,7 @@ class TestRows:
             pytest.importorskip("sklearn")
         if declared.counted == "n_samples":
             kwargs["n_samples"] = 4
-        repeats = 10 if declared.random else 1
+        repeats = 6 if declared.random else 1
         # Captum rounds what these give to float32.
         tolerance = 1e-5 if declared.name == "shapley" else None
         llm_attr = llm_attribution(declared.name, model, tokenizer, **options)
