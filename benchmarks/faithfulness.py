@@ -52,9 +52,11 @@ from captum_cage.demo import load_demo
 from captum_cage.methods.catalogue import llm_attribution, method_named, needs_argument
 from captum_cage.metrics import (
     Comparison,
+    by_position,
     calibrate_metric,
     compare_all,
     estimate,
+    metric_info,
     metric_names,
     orders_of,
 )
@@ -80,7 +82,9 @@ METRICS = (
     *("regenerated: mas", "span: rise", "span: mas", "response: rise", "response: mas"),
 )
 TRUTH = ("auroc", "coverage", "recovery")
-HIGHER = {"auroc", "coverage", "recovery", "regenerated: insertion"}
+HIGHER = {name for name in metric_names() if metric_info(name).higher_is_better}
+# What makes the numbers of a record: another setting needs another folder.
+SETTINGS = ("model", "seed", "removal", "samples", "axis", "max_new_tokens")
 POINTS = np.linspace(0.0, 1.0, 11)
 # What must hold on two questions: against what, by which metric.
 CLAIMS = {
@@ -129,12 +133,13 @@ class Case:
         return self.label or self.name
 
 
+PAPER_IG = {"n_steps": 20, "method": "riemann_trapezoid"}
 CASES = (
     Case("attnlrp", label="AttnLRP"),
     Case("attention-suppression", label="suppression"),
     Case("ablation"),
-    Case("integrated-gradients", {"n_steps": 20}, "IG (paper)"),
-    Case("attention-x-ig", {"n_steps": 20}, "attention x IG (paper)"),
+    Case("integrated-gradients", PAPER_IG, "IG (paper)"),
+    Case("attention-x-ig", PAPER_IG, "attention x IG (paper)"),
     Case("clp-cage", label="CLP (paper)"),
     Case("one-shot-reagent", label="ReAGent (paper)"),
     Case("ifr", label="IFR"),
@@ -288,15 +293,24 @@ def measured(
     cases: Sequence[Case],
     rivals: Mapping[str, Sequence[float]],
     metrics: Sequence[str],
+    known: Mapping[str, Sequence[float]],
 ) -> dict[str, Any]:
     """Scores of all methods on one example, and what came of the model.
 
+    Args:
+        bench (Bench): the model.
+        example (Example): the example.
+        cases (Sequence[Case]): base methods to explain it with.
+        rivals (Mapping): scores of other libraries.
+        metrics (Sequence[str]): what is measured.
+        known (Mapping): attributions of an earlier run, which are tested again.
+
     Returns:
-        dict: ``scores[method][way][metric]``, ``curves`` of texts written again, the
-        seconds of each method and of the test.
+        dict: ``attributions`` by ``method|way``, ``scores[method][way][metric]``,
+        ``curves`` of texts written again, the seconds of each method and of the test.
     """
     options = bench.options
-    orders: dict[str, FloatArray] = {}
+    orders = {name: np.array(own) for name, own in known.items()}
     took: dict[str, float] = {}
     result: GraphAttributionResult | None = None
     ids: list[int] | None = None
@@ -306,20 +320,20 @@ def measured(
         took[str(case)] = time.perf_counter() - began
         ids = list(result.evaluator().task.generated)
         orders |= {f"{case}|{way}": own for way, own in ways_of(result).items()}
-    if result is None:  # only other libraries' scores are new
+    if result is None:  # nothing but tests is new
         result = bench.explained(example, Case("ablation"), ids)
     gold = example.gold_in(result)
     chosen = example.sources_in(result)
     every = list(range(result.graph.n_sources)) if chosen is None else chosen
+    orders = {name: own[every] for name, own in orders.items() if name not in known}
+    orders |= {name: np.array(own) for name, own in known.items()}
+    orders |= {f"{name}|own": np.array(theirs) for name, theirs in rivals.items()}
+    # The first lends its sizes to random orders.
+    first = next(iter(orders.values()))
     if gold:
-        truth = np.zeros(result.graph.n_sources)
-        truth[gold] = 1.0
-        orders["truth|"] = truth
-    orders["nearest|"] = np.arange(result.graph.n_sources, dtype=np.float64)
-    for name, theirs in rivals.items():
-        whole = np.zeros(result.graph.n_sources)
-        whole[every] = theirs
-        orders[f"{name}|own"] = whole
+        first = np.isin(every, gold).astype(np.float64)
+        orders = {"truth|": first, **orders}
+    orders["nearest|"] = by_position(first)
     began = time.perf_counter()
     tested = result.evaluator(
         sources=chosen,
@@ -348,6 +362,7 @@ def measured(
         "sources": len(every),
         "reached": found.reached,
         "reached_without": found.reached_without,
+        "attributions": {name: own.tolist() for name, own in orders.items()},
         "scores": scores,
         "curves": curves,
         "seconds": {**took, "test": time.perf_counter() - began},
@@ -368,12 +383,34 @@ def read_records(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
         except json.JSONDecodeError:
             continue
         key = (record["dataset"], record["number"])
-        if key in found:  # more methods of the same example
-            for part in ("scores", "curves", "seconds"):
-                found[key][part] |= record[part]
-        else:
-            found[key] = record
+        earlier = found.get(key, {"seconds": {}})
+        record["seconds"] = earlier["seconds"] | record["seconds"]
+        found[key] = record  # the later one has all methods of the earlier
     return found
+
+
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What makes the numbers of a record."""
+    return {name: getattr(options, name) for name in SETTINGS}
+
+
+def check_settings(options: argparse.Namespace) -> None:
+    """Refuse a folder whose records were made with other settings."""
+    path: Path = options.out / "settings.json"
+    own = settings_of(options)
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        other = [
+            f"{name} {theirs[name]!r}" for name in own if own[name] != theirs[name]
+        ]
+        if other:
+            raise SystemExit(
+                f"--out: {options.out} has records made with {', '.join(other)}. Pass "
+                "another folder, or the same settings."
+            )
+    else:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(own) + "\n", encoding="utf-8")
 
 
 def run(bench: Bench, cases: Sequence[Case], records_file: Path) -> None:
@@ -388,17 +425,27 @@ def run(bench: Bench, cases: Sequence[Case], records_file: Path) -> None:
             for number, example in enumerate(
                 tqdm(examples, desc=name, total=options.problems)
             ):
-                known = done.get((name, number), {"scores": {}})["scores"]
+                earlier = done.get((name, number), {"scores": {}, "attributions": {}})
+                known = earlier["scores"]
                 new = [case for case in cases if str(case) not in known]
                 theirs = {
                     rival: scores[name, number]
                     for rival, scores in rivals.items()
                     if (name, number) in scores and rival not in known
                 }
-                if not new and not theirs:
+                scored = known.get("nearest", {}).get("", {})
+                metrics = [m for m in options.metrics if m not in scored]
+                if not new and not theirs and not set(metrics) - set(TRUTH):
                     continue
+                attributions = {
+                    name: own
+                    for name, own in earlier["attributions"].items()
+                    if name not in ("truth|", "nearest|")
+                }
                 try:
-                    found = measured(bench, example, new, theirs, options.metrics)
+                    found = measured(
+                        bench, example, new, theirs, options.metrics, attributions
+                    )
                 except ValueError as error:
                     if options.strict:
                         raise
@@ -563,7 +610,7 @@ def gains_table(records: Sequence[Mapping[str, Any]], metrics: Sequence[str]) ->
         for metric in metrics:
             own = mean(column(records, method, "marginalised", metric))
             direct = mean(column(records, method, "direct", metric))
-            gain = (own - direct) / direct if direct else np.nan
+            gain = (own - direct) / abs(direct) if direct else np.nan
             gain *= 1.0 if metric in HIGHER else -1.0
             cells.append(f"{gain:+.0%}" if np.isfinite(gain) else "")
             if np.isfinite(gain):
@@ -650,7 +697,9 @@ def report(
             metrics = [m for m in metrics if m in CLAIMS]
         fixed = [m for m in metrics if m.startswith(("span", "response"))]
         told = [m for m in metrics if m not in fixed]
+        left_out = options.problems - len(own)
         parts += [f"## {name}: {len(own)} examples", reached(own)]
+        parts += [f"{left_out} examples could not be used."] if left_out else []
         if (options.out / f"{name}.png").exists():
             parts += [f"![Deletion curves of {name}](images/faithfulness_{name}.png)"]
         parts += ["### Known truth, and texts written again"]
@@ -692,12 +741,8 @@ def calibration_table(calibration: Mapping[str, Any]) -> str:
             "{:.3f} ({:.3f} to {:.3f})".format(*(round(x, 3) + 0.0 for x in means))
             for means in found["means"].values()
         ]
-        lost = [
-            other
-            for other, (mean, low, high) in found["differences"].items()
-            if low <= 0.0 <= high or (mean > 0) != (metric in HIGHER)
-        ]
-        verdict = f"**no**: not against {', '.join(lost)} †" if lost else "yes"
+        lost = ", ".join(found["lost"])
+        verdict = f"**no**: not against {lost} †" if lost else "yes"
         lines.append(f"| {metric} | {' | '.join(cells)} | {verdict} |")
     return "\n".join(lines)
 
@@ -820,7 +865,8 @@ def calibrated(bench: Bench, removal: str) -> Mapping[str, Any]:
     path: Path = options.out / f"calibration_{removal}.json"
     if path.exists():
         found: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found
+        if found["examples"] == options.problems:
+            return found
     metrics = [
         name
         for name in metric_names()
@@ -879,6 +925,12 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         options.out = Path(tempfile.mkdtemp(prefix="faithfulness_"))
         options.datasets = ["two_questions"]
         options.methods = ["attnlrp", "one-shot-reagent"]
+    for name in options.methods:
+        if name != "all" and name not in (known := [case.name for case in CASES]):
+            parser.error(f"--methods: must be of all, {', '.join(known)}, not {name!r}")
+    for name in options.metrics:
+        if name not in metric_names():
+            parser.error(f"--metrics: must be of {', '.join(metric_names())}")
     for name in options.datasets:
         if name not in DATASETS:
             parser.error(f"--datasets: must be of {', '.join(DATASETS)}, not {name!r}")
@@ -895,6 +947,7 @@ def main() -> None:
     if options.export is not None:
         export(bench, options.export)
         return
+    check_settings(options)
     if options.calibrate:
         for removal in options.calibrate:
             print(calibration_table(calibrated(bench, removal)))

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
+from scipy.stats import rankdata
 
 from captum_cage import ChatTokenInput, GraphContextAttribution
 from captum_cage.demo.planted import planted_cases, planted_model
@@ -149,9 +150,8 @@ class TestKnownTruth:
         """The truth loses under it, by name, and only there."""
 
         def nearness(probe):
-            return Score(
-                float(np.corrcoef(probe.scores, range(len(probe.scores)))[0, 1])
-            )
+            places = range(len(probe.scores))
+            return Score(float(np.corrcoef(rankdata(probe.scores), places)[0, 1]))
 
         metric = Metric("nearness", True, "what is near", "nobody", nearness)
         monkeypatch.setitem(METRICS, "nearness", metric)
@@ -243,6 +243,7 @@ class TestVerdicts:
         return Calibration(
             {"m": {"truth": estimate(truth), "random": estimate(other)}},
             {"m": compare_all(truth, others)},
+            {"m": True},
             "delete",
             len(truth),
             ("kind", "other kind"),
@@ -311,18 +312,19 @@ class TestMarks:
         calibration._shipped.cache_clear()
 
     @staticmethod
-    def evaluated(removal: str) -> Any:
+    def evaluated(removal: str, **options: Any) -> Any:
         """An evaluation by both metrics."""
         (example,) = examples(1)
         inp = TextTokenInput(example.prompt, chain()[1])
         result = cage().attribute(inp, example.completion, units="sentence", explain=-1)
-        return result.evaluate([DELETION, RESPONSE], removal=removal, random_orders=1)
+        options = {"removal": removal, "random_orders": 1, **options}
+        return result.evaluate([DELETION, RESPONSE], **options)
 
     @pytest.mark.usefixtures("shipped")
     def test_tables_mark_a_metric_that_is_not_to_be_trusted(self):
         """In the head of the table, the notes and the JSON."""
         found = self.evaluated("baseline")
-        verdict = calibrated().verdict(RESPONSE)
+        verdict = f"with the demo model, {calibrated().verdict(RESPONSE)}"
         assert untrusted(RESPONSE, "baseline") == verdict
         assert found.metrics[RESPONSE].untrusted == verdict
         assert found.metrics[DELETION].untrusted == ""
@@ -330,6 +332,14 @@ class TestMarks:
         assert head == f"| order | {DELETION} ↓ | {RESPONSE} ↓ † |"
         assert found.notes[-1] == f"{RESPONSE}: {verdict}"
         assert found.to_dict()["metrics"][RESPONSE]["untrusted"] == verdict
+
+    def test_a_calibration_of_one_s_own_takes_its_place(self):
+        """Measured with another model, or another way of taking away."""
+        found = self.evaluated("delete", calibration=calibrated())
+        assert found.metrics[RESPONSE].untrusted == calibrated().verdict(RESPONSE)
+        assert found.metrics[DELETION].untrusted == ""
+        with pytest.raises(TypeError, match="calibration: must be what calibrate_metr"):
+            self.evaluated("delete", calibration={})
 
     @pytest.mark.usefixtures("shipped")
     def test_a_verdict_is_of_a_way_of_taking_away(self):

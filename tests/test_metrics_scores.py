@@ -103,20 +103,22 @@ def auc(values):
 def scaled(curve):
     """``n_i``: scaled by the ends, clipped, a running minimum."""
     span = abs(curve[0] - curve[-1])
-    if span == 0:
-        return [0.0] * len(curve)
-    steep = [min(max((one - curve[-1]) / span, 0.0), 1.0) for one in curve]
+    if span == 0:  # 0 / 0 is no new minimum, less than nothing is
+        steep = [float(one >= curve[-1]) for one in curve]
+    else:
+        steep = [min(max((one - curve[-1]) / span, 0.0), 1.0) for one in curve]
     return [min(steep[: i + 1]) for i in range(len(steep))]
 
 
 def aligned(curve, scores):
     """MAS of a curve."""
-    mass = [max(score, 0) for score in scores]
+    whole = sum(scores)
+    if whole == 0:
+        return 0.5
     left, share = 1.0, [1.0]
-    for number, source in enumerate(first_to_last(scores), 1):
-        whole = sum(mass)
-        left -= mass[source] / whole if whole else 0.0
-        share.append(left if whole else 1 - number / len(scores))
+    for source in first_to_last(scores):
+        left -= scores[source] / whole
+        share.append(left)
     heights = scaled(curve)
     total = [
         min(max(n + abs(n - d), 0.0), 1.0) for n, d in zip(heights, share, strict=True)

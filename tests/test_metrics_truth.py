@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import kendalltau
 
-from captum_cage.metrics import agreement, auroc, average_precision, recovery_at
+from captum_cage.metrics import (
+    COVERAGE,
+    agreement,
+    auroc,
+    average_precision,
+    coverage,
+    recovery_at,
+)
 
 few = st.integers(2, 6).flatmap(
     lambda n: st.tuples(
@@ -86,3 +93,52 @@ def test_bad_input_is_refused(call, match):
     """By name."""
     with pytest.raises(ValueError, match=match):
         call()
+
+
+class TestCoverage:
+    """Share of the gold units that have about their part."""
+
+    def test_the_variants(self):
+        """Between a half and three halves of an equal share; above; above it all."""
+        attr, gold = [0.3, 0.62, 0.08], [0, 1, 2]
+        found = {
+            name: coverage(attr, gold, bounds) for name, bounds in COVERAGE.items()
+        }
+        assert found["coverage"] == pytest.approx(1 / 3)
+        assert found["coverage, above half"] == pytest.approx(2 / 3)
+        assert found["coverage, above share"] == pytest.approx(1 / 3)
+
+    @pytest.mark.parametrize(
+        ("attr", "gold", "expected"),
+        [
+            ([0.5, 0.5, 0.0], [0, 1], [1, 1, 0]),
+            ([0.25, 0.25, 0.5], [0, 1], [0, 0, 0]),
+            ([0.75, 0.0, 0.25], [0, 1], [0, 0.5, 0.5]),
+            ([-0.5, 0.7, 0.3], [0, 1], [1, 1, 0]),
+        ],
+    )
+    def test_bounds_and_signs_do_not_count(self, attr, gold, expected):
+        """As in the authors' code."""
+        found = [coverage(attr, gold, bounds) for bounds in COVERAGE.values()]
+        assert found == expected
+
+    def test_what_goes_elsewhere_counts(self):
+        """Gold units share what they have with all others."""
+        assert coverage([1.0, 1.0, 8.0], [0, 1]) == 0.0
+        assert coverage([0.0, 0.0], [0]) == 0.0
+
+    def test_no_gold_is_refused(self):
+        """There would be nothing to cover."""
+        with pytest.raises(ValueError, match="gold: must name a unit that matters"):
+            coverage([1.0], [])
+
+    @pytest.mark.parametrize("gold", [[5], [-1]])
+    def test_what_is_no_position_is_refused(self, gold):
+        """By number."""
+        with pytest.raises(ValueError, match="gold: "):
+            coverage([1.0, 2.0], gold)
+
+    def test_what_is_not_finite_is_refused(self):
+        """It would count as nothing."""
+        with pytest.raises(ValueError, match="scores: must be one finite number"):
+            coverage([1.0, np.nan], [0])

@@ -2,9 +2,7 @@
 
 from captum_cage.metrics.calibration import Calibration, calibrate_metric
 from captum_cage.metrics.curves import (
-    COVERAGE,
     area,
-    coverage,
     fractions,
     mas,
     monotone,
@@ -15,6 +13,7 @@ from captum_cage.metrics.evaluation import (
     Evaluation,
     Evaluator,
     MetricInfo,
+    metric_info,
     metric_names,
     orders_of,
 )
@@ -26,7 +25,7 @@ from captum_cage.metrics.sanity import (
     reproducibility,
     sensitivity,
 )
-from captum_cage.metrics.scores import METRICS, Metric, Score, ranked
+from captum_cage.metrics.scores import METRICS, Metric, Score, by_position, ranked
 from captum_cage.metrics.statistics import (
     Comparison,
     Estimate,
@@ -35,9 +34,11 @@ from captum_cage.metrics.statistics import (
     estimate,
 )
 from captum_cage.metrics.truth import (
+    COVERAGE,
     agreement,
     auroc,
     average_precision,
+    coverage,
     recovery_at,
 )
 
@@ -58,6 +59,7 @@ __all__ = [
     "area",
     "auroc",
     "average_precision",
+    "by_position",
     "calibrate_metric",
     "compare",
     "compare_all",
@@ -65,6 +67,7 @@ __all__ = [
     "estimate",
     "fractions",
     "mas",
+    "metric_info",
     "metric_names",
     "monotone",
     "orders_of",

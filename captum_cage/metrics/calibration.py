@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from captum_cage._checks import complaint, whole_number
 from captum_cage.metrics.datasets import Example
+from captum_cage.metrics.scores import by_position
 from captum_cage.metrics.statistics import Comparison, Estimate, compare_all, estimate
 from captum_cage.result import GraphAttributionResult
 
@@ -42,6 +43,7 @@ class Calibration:
         means (Mapping): for each metric and order, its mean over the examples.
         comparisons (Mapping): for each metric, the truth against each other order, pair
             by pair, corrected for their number.
+        higher_is_better (Mapping): which way is better, for each metric.
         removal (str): how sources were taken away.
         examples (int): number of examples.
         kinds (tuple[str, ...]): of which kinds they were.
@@ -49,6 +51,7 @@ class Calibration:
 
     means: Mapping[str, Mapping[str, Estimate]]
     comparisons: Mapping[str, Mapping[str, Comparison]]
+    higher_is_better: Mapping[str, bool]
     removal: str
     examples: int
     kinds: tuple[str, ...]
@@ -67,7 +70,7 @@ class Calibration:
 
     def verdict(self, metric: str) -> str:
         """Why a metric is not to be trusted; empty where the truth wins."""
-        lost = self.lost(metric)
+        lost = self.lost(metric) if metric in self.comparisons else ()
         if not lost:
             return ""
         details = [
@@ -87,6 +90,8 @@ class Calibration:
             "metrics": {
                 metric: {
                     "untrusted": self.verdict(metric),
+                    "lost": list(self.lost(metric)),
+                    "higher_is_better": self.higher_is_better[metric],
                     "means": {
                         order: [found.mean, found.low, found.high]
                         for order, found in means.items()
@@ -186,12 +191,15 @@ def calibrate_metric(
             seed=seed + number,
             **options,
         )
-        truth = np.zeros(result.graph.n_sources)
-        truth[gold] = 1.0
+        chosen = example.sources_in(result)
+        truth = np.isin(np.arange(result.graph.n_sources), gold).astype(np.float64)
+        sequence = result.sequence.seq_attr.numpy()
+        if chosen is not None:
+            truth, sequence = truth[chosen], sequence[chosen]
         orders = {
             TRUTH: truth,
-            "sequence": result.sequence.seq_attr.numpy(),
-            "nearest": np.arange(len(truth), dtype=np.float64),
+            "sequence": sequence,
+            "nearest": by_position(truth),
         }
         measured = tested.evaluate(orders, metrics)
         removal = measured.removal
@@ -218,6 +226,7 @@ def calibrate_metric(
             )
             for metric, scores in found.items()
         },
+        better,
         removal,
         len(listed),
         tuple(dict.fromkeys(example.kind for example in listed)),
@@ -265,4 +274,5 @@ def untrusted(metric: str, removal: str) -> str:
 
     Empty where the truth wins, or where that was not measured.
     """
-    return _shipped().get((metric, removal), "")
+    found = _shipped().get((metric, removal), "")
+    return found and f"with the demo model, {found}"

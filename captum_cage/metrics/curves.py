@@ -8,7 +8,6 @@ open.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +17,7 @@ from scipy.integrate import trapezoid
 from captum_cage._checks import complaint, finite_vector, real_array
 
 __all__ = [
-    "COVERAGE",
     "area",
-    "coverage",
     "fractions",
     "mas",
     "monotone",
@@ -29,13 +26,6 @@ __all__ = [
 ]
 
 Array = npt.NDArray[np.float64]
-
-COVERAGE: dict[str, tuple[float, float]] = {
-    "coverage": (0.5, 1.5),
-    "coverage, above half": (0.5, np.inf),
-    "coverage, above share": (1.0, np.inf),
-}
-"""Bounds of a covered gold unit's share, in parts of ``1 / number of gold units``."""
 
 
 def area(values: ArrayLike, places: ArrayLike | None = None) -> float:
@@ -102,8 +92,9 @@ def fractions(order: Sequence[int], sizes: ArrayLike) -> Array:
 def monotone(scores: ArrayLike) -> Array:
     """A deletion curve as RISE and MAS count it: scaled, clipped, never rising.
 
-    ``n_i`` is the running minimum of ``clip((s_i - s_n) / |s_0 - s_n|, 0, 1)``. A curve
-    whose ends are equal has no scale and is all zeros.
+    ``n_i`` is the running minimum of ``clip((s_i - s_n) / |s_0 - s_n|, 0, 1)``. Where
+    the ends are equal there is no scale: as in the authors' code, the minimum stays at
+    one until a height lies below the last, and is zero from there.
 
     Args:
         scores: ``s_i`` after ``i`` deletions, shape ``(n + 1,)``.
@@ -114,10 +105,12 @@ def monotone(scores: ArrayLike) -> Array:
     """
     heights = _curve("scores", scores)
     scale = abs(heights[0] - heights[-1])
+    above = heights - heights[-1]
     if scale == 0.0:
-        return np.zeros(heights.size)
-    with np.errstate(over="ignore"):  # a scale of next to nothing: clipped
-        scaled = np.clip((heights - heights[-1]) / scale, 0.0, 1.0)
+        scaled = np.where(above < 0.0, 0.0, 1.0)
+    else:
+        with np.errstate(over="ignore"):  # a scale of next to nothing: clipped
+            scaled = np.clip(above / scale, 0.0, 1.0)
     found: Array = np.minimum.accumulate(scaled)
     return found
 
@@ -142,8 +135,9 @@ def rise(scores: ArrayLike) -> float:
 def remaining(attributions: ArrayLike, order: Sequence[int]) -> Array:
     """Share of the attribution that is not deleted yet, after each unit of an order.
 
-    Negative attributions count as none. Where there is no attribution at all, what is
-    left falls in equal steps.
+    Shares are those of the signed sum, as in the code of Walker and Ewetz (2025), so
+    that with negative attributions it may leave [0, 1] in between. Without a sum there
+    are no shares: all are NaN.
 
     Args:
         attributions: of each unit, shape ``(n,)``.
@@ -157,18 +151,19 @@ def remaining(attributions: ArrayLike, order: Sequence[int]) -> Array:
         [1.0, 0.25, 0.0]
     """
     given = finite_vector("attributions", attributions, len(order), entry="unit")
-    mass = np.clip(given, 0.0, None)[list(order)]
-    if mass.sum() == 0.0:
-        return np.linspace(1.0, 0.0, len(order) + 1)
-    left: Array = 1.0 - np.concatenate([[0.0], np.cumsum(mass)]) / mass.sum()
-    return np.clip(left, 0.0, 1.0)
+    gone = np.concatenate([[0.0], np.cumsum(given[list(order)])])
+    if gone[-1] == 0.0:
+        return np.full(gone.size, np.nan)
+    left: Array = 1.0 - gone / gone[-1]
+    return left
 
 
 def mas(scores: ArrayLike, attributions: ArrayLike, order: Sequence[int]) -> float:
     """MAS: RISE with a penalty for attributions of the wrong size; lower is better.
 
     With ``n_i`` of :func:`monotone` and ``d_i`` of :func:`remaining`, the area under
-    ``minmax(clip(n + |n - d|, 0, 1))``.
+    ``minmax(clip(n + |n - d|, 0, 1))``; one half where that is not defined, since its
+    ends are equal or nothing is attributed, as in the authors' code.
 
     Args:
         scores: ``s_i`` after ``i`` deletions, shape ``(n + 1,)``.
@@ -187,47 +182,9 @@ def mas(scores: ArrayLike, attributions: ArrayLike, order: Sequence[int]) -> flo
     left = remaining(attributions, order)
     penalised = np.clip(heights + np.abs(heights - left), 0.0, 1.0)
     low, high = penalised.min(), penalised.max()
-    if high == low:
-        return 0.0
+    if not high > low:
+        return 0.5
     return area((penalised - low) / (high - low))
-
-
-def coverage(
-    attributions: ArrayLike,
-    gold: Sequence[int],
-    bounds: tuple[float, float] = COVERAGE["coverage"],
-) -> float:
-    """Share of the gold units that have about their part of the attribution.
-
-    A gold unit is covered if its share of the whole attribution lies within ``bounds``
-    times ``1 / number of gold units``. Higher is better.
-
-    Args:
-        attributions: of each unit, shape ``(n,)``; negative ones count as none.
-        gold: positions of the units that are known to matter, at least one.
-        bounds: least and most, in parts of an equal share.
-
-    Raises:
-        ValueError: if there is no gold unit.
-
-    Source: Walker and Ewetz (2025), arXiv:2512.15663.
-
-    Example:
-        >>> coverage([4.0, 5.0, 1.0], [0, 1])
-        1.0
-    """
-    given: Any = real_array("attributions", attributions)
-    chosen = sorted({int(unit) for unit in gold})
-    if not chosen:
-        raise ValueError(
-            "gold: must name a unit that matters, but it is empty. Pass the positions "
-            "of the units that are known to matter."
-        )
-    mass = np.clip(given, 0.0, None)
-    if mass.sum() == 0.0:
-        return 0.0
-    share = mass[chosen] / mass.sum() * len(chosen)
-    return float(((share >= bounds[0]) & (share <= bounds[1])).mean())
 
 
 def _curve(where: str, values: ArrayLike) -> Array:

@@ -20,13 +20,25 @@ from captum_cage._checks import (
     shown,
     whole_number,
 )
-from captum_cage.metrics.calibration import untrusted
-from captum_cage.metrics.curves import COVERAGE, coverage
+from captum_cage.metrics.calibration import Calibration, untrusted
 from captum_cage.metrics.regeneration import Regenerator, Sampling
 from captum_cage.metrics.removal import MaskedRefill, RemovalName, Remover
-from captum_cage.metrics.scores import METRICS, Metric, Probe, Score
+from captum_cage.metrics.scores import (
+    METRICS,
+    Metric,
+    Probe,
+    Score,
+    by_position,
+    shuffled,
+)
 from captum_cage.metrics.statement import Predicate, Statement
-from captum_cage.metrics.truth import auroc, average_precision, recovery_at
+from captum_cage.metrics.truth import (
+    COVERAGE,
+    auroc,
+    average_precision,
+    coverage,
+    recovery_at,
+)
 from captum_cage.metrics.values import (
     SHOWS,
     FixedText,
@@ -41,7 +53,15 @@ from captum_cage.scoring import held
 from captum_cage.task import RowTask
 from captum_cage.text import Span, decode, special_ids
 
-__all__ = ["Evaluation", "Evaluator", "Gold", "MetricInfo", "metric_names", "orders_of"]
+__all__ = [
+    "Evaluation",
+    "Evaluator",
+    "Gold",
+    "MetricInfo",
+    "metric_info",
+    "metric_names",
+    "orders_of",
+]
 
 Array = npt.NDArray[np.float64]
 Gold: TypeAlias = Sequence[int] | Sequence[Span]
@@ -99,15 +119,16 @@ def orders_of(result: GraphAttributionResult) -> dict[str, Array]:
 
     ``"result"``: its ``seq_attr``. ``"direct"``: the explained rows alone.
     ``"sequence"``: all rows summed. ``"one hop"``: paths with at most one pass through
-    generated text. ``"nearest"``: the position alone, the last source first. Random
-    orders are added by the evaluation.
+    generated text. ``"nearest"``: the scores of the result, given to the sources by
+    their position alone, see :func:`by_position`. Random orders are added by the
+    evaluation.
     """
     return {
         RESULT: result.seq_attr.numpy(),
         "direct": result.direct.seq_attr.numpy(),
         "sequence": result.sequence.seq_attr.numpy(),
         "one hop": np.asarray(result.graph.hops(result.weights, 1).attr),
-        "nearest": np.arange(result.graph.n_sources, dtype=np.float64),
+        "nearest": by_position(result.seq_attr.numpy()),
     }
 
 
@@ -150,6 +171,8 @@ class Evaluation:
             order (str, optional): the attribution. Default: ``"result"``
         """
         own, theirs = (self.scores[name][metric].value for name in (order, other))
+        if np.isclose(own, theirs, rtol=1e-9, atol=0.0):
+            return False  # they differ by rounding at most
         better = own > theirs if self.metrics[metric].higher_is_better else own < theirs
         return bool(better)
 
@@ -269,8 +292,12 @@ class Evaluator:
         masks (int, optional): number of random sets for ``lds`` and ``infidelity``.
             Default: ``32``
         random_orders (int, optional): number of random orders, of which the mean
-            counts. Default: ``5``
+            counts. They are the first attribution's scores, shuffled, so that metrics
+            that look at sizes see the same ones. Default: ``5``
         batch_size (int, optional): most texts that the model gets at once.
+        calibration (Calibration, optional): which metrics are to be trusted, as
+            :func:`calibrate_metric` found for this model and removal. Default: what was
+            found on the demo model's problems
         show_progress (bool, optional): show progress bars. Default: ``False``
 
     Raises:
@@ -296,9 +323,20 @@ class Evaluator:
         masks: int = 32,
         random_orders: int = 5,
         batch_size: int | None = None,
+        calibration: Calibration | None = None,
         show_progress: bool = False,
     ) -> None:
         one_of("axis", axis, AXES)
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise TypeError(
+                complaint(
+                    "calibration",
+                    "must be what calibrate_metric gives",
+                    f"{shown(calibration)} came",
+                    "Leave it out for what was found on the demo model's problems.",
+                )
+            )
+        self._calibration = calibration
         if removal is None:
             removal = "delete" if task.reads_tokens else "baseline"
         self.task = task
@@ -453,6 +491,7 @@ class Evaluator:
             ValueError: if a metric is unknown, shapes do not fit, or two attributions
                 have the same name.
         """
+        of_result = isinstance(tested, GraphAttributionResult)
         if isinstance(tested, GraphAttributionResult):
             tested = orders_of(tested)
         orders = {**tested, **(others or {})}
@@ -461,8 +500,10 @@ class Evaluator:
         known = self._gold(gold)
         given = {name: self._scores(name, scores) for name, scores in orders.items()}
         rng = np.random.default_rng([self._sampling.seed, 1])
-        size = len(self._candidates)
-        random = [rng.permutation(size).astype(np.float64) for _ in range(self._random)]
+        if of_result:  # of those that may be taken away, not of all sources
+            given["nearest"] = by_position(given[RESULT])
+        first = next(iter(given.values()), np.zeros(len(self._candidates)))
+        random = [shuffled(first, rng) for _ in range(self._random)]
         self._refuse_early(infos, known)
         scores: dict[str, dict[str, Score]] = {name: {} for name in given}
         curves: dict[tuple[str, str], Array] = {}
@@ -539,9 +580,9 @@ class Evaluator:
                         )
                     )
                 one_of("metrics", one, metric_names())
-                found[one] = _info(one, self.removal)
+                found[one] = metric_info(one, self.removal, self._calibration)
         if has_gold and metrics is None:
-            found |= {name: _info(name, self.removal) for name in TRUTH}
+            found |= {name: metric_info(name) for name in TRUTH}
         if not found:
             raise ValueError(
                 "metrics: must name a metric, but none came. Leave it out for the "
@@ -687,7 +728,25 @@ def _value_of(name: str) -> str:
     return name.split(": ")[0] if ": " in name else ""
 
 
-def _info(name: str, removal: str) -> MetricInfo:
+def metric_info(
+    name: str, removal: str = "delete", calibration: Calibration | None = None
+) -> MetricInfo:
+    """What is known about a metric.
+
+    Args:
+        name (str): one of :func:`metric_names`.
+        removal (str, optional): how sources are taken away. Default: ``"delete"``
+        calibration (Calibration, optional): what says whether it is to be trusted.
+            Default: what was measured on the demo model's problems
+
+    Raises:
+        ValueError: if there is no such metric.
+
+    Example:
+        >>> metric_info("auroc").higher_is_better
+        True
+    """
+    one_of("name", name, metric_names())
     if name in TRUTH:
         return MetricInfo(
             name,
@@ -707,7 +766,7 @@ def _info(name: str, removal: str) -> MetricInfo:
         found.summary,
         SHOWS[value],
         found.source,
-        untrusted(name, removal),
+        untrusted(name, removal) if calibration is None else calibration.verdict(name),
     )
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.stats import rankdata
 
+from captum_cage._checks import real_array
 from captum_cage.metrics.curves import area, fractions, mas, rise
 
 __all__ = [
@@ -22,7 +23,9 @@ __all__ = [
     "Metric",
     "Probe",
     "Score",
+    "by_position",
     "ranked",
+    "shuffled",
 ]
 
 Array = npt.NDArray[np.float64]
@@ -57,6 +60,39 @@ class Samples(Protocol):
 
     def __call__(self, kept: Bools) -> Array:
         """Shape ``(n, samples)``, for ``kept`` of shape ``(n, P)``."""
+
+
+def by_position(scores: npt.ArrayLike) -> Array:
+    """The same scores, but the highest for the last source, and so on.
+
+    What looks at sizes, as MAS or infidelity do, sees no difference to the scores but
+    their order. Equal scores are told apart by a part in 10^12 of the largest.
+
+    Args:
+        scores: of each source, shape ``(n,)``.
+
+    Example:
+        >>> by_position([0.5, 0.2, 0.3]).round(6).tolist()
+        [0.2, 0.3, 0.5]
+    """
+    values: Array = np.sort(real_array("scores", scores))
+    return values + _speck(values) * np.arange(values.size)
+
+
+def shuffled(scores: npt.ArrayLike, rng: np.random.Generator) -> Array:
+    """The same scores in a random order, which does not depend on the scores.
+
+    Args:
+        scores: of each source, shape ``(n,)``.
+        rng: what draws the order.
+    """
+    values = by_position(scores)
+    return values[rng.permutation(values.size)]
+
+
+def _speck(scores: Array) -> float:
+    """What tells equal scores apart and is too little to count."""
+    return 1e-12 * (float(np.abs(scores).max(initial=0.0)) or 1.0)
 
 
 def ranked(scores: npt.ArrayLike, seed: int = 0) -> npt.NDArray[np.int64]:

@@ -12,7 +12,7 @@ from scipy.stats import bootstrap, false_discovery_control, wilcoxon
 from captum_cage._checks import complaint, real_array, whole_number
 
 # Share of the differences that their spread has where they are all alike.
-_ROUNDING = 1e-12
+_ROUNDING = 1e-9
 
 __all__ = ["Comparison", "Estimate", "compare", "compare_all", "estimate"]
 
@@ -69,9 +69,8 @@ class Comparison:
     @property
     def is_better(self) -> bool:
         """Whether more is won than lost and the interval excludes zero."""
-        return self.wins > self.losses and not (
-            self.difference.low <= 0.0 <= self.difference.high
-        )
+        low, high = self.difference.low, self.difference.high
+        return self.wins > self.losses and bool(low > 0.0 or high < 0.0)
 
 
 def estimate(
@@ -169,6 +168,8 @@ def compare(
             )
         )
     difference = one - other
+    # What differs by rounding alone is alike.
+    difference[np.abs(difference) <= _ROUNDING * np.maximum(abs(one), abs(other))] = 0.0
     found = estimate(difference, level=level, resamples=resamples, seed=seed)
     sign = difference if higher_is_better else -difference
     spread = difference.std(ddof=1) if difference.size > 1 else 0.0

@@ -11,11 +11,25 @@ from scipy.stats import kendalltau, rankdata, spearmanr
 
 from captum_cage._checks import complaint, one_of, real_array, whole_number
 
-__all__ = ["agreement", "auroc", "average_precision", "recovery_at"]
+__all__ = [
+    "COVERAGE",
+    "agreement",
+    "auroc",
+    "average_precision",
+    "coverage",
+    "recovery_at",
+]
 
 Array = npt.NDArray[np.float64]
 
 MEASURES = ("spearman", "kendall", "overlap")
+
+COVERAGE: dict[str, tuple[float, float]] = {
+    "coverage": (0.5, 1.5),
+    "coverage, above half": (0.5, np.inf),
+    "coverage, above share": (1.0, np.inf),
+}
+"""Bounds of a covered gold unit's share, in parts of ``1 / number of gold units``."""
 
 
 def auroc(scores: ArrayLike, gold: Sequence[int]) -> float:
@@ -107,6 +121,40 @@ def recovery_at(scores: ArrayLike, gold: Sequence[int], k: int | None = None) ->
     matters[chosen] = True
     hits = (above & matters).sum() + room * (level & matters).sum()
     return float(hits / len(chosen))
+
+
+def coverage(
+    scores: ArrayLike,
+    gold: Sequence[int],
+    bounds: tuple[float, float] = COVERAGE["coverage"],
+) -> float:
+    """Share of the gold units that have about their part of the attribution.
+
+    A gold unit is covered if its share of the whole attribution, both without their
+    signs, lies between ``bounds`` times ``1 / number of gold units``, ends excluded.
+    Higher is better; zero where nothing is attributed.
+
+    Args:
+        scores: of each unit, shape ``(n,)``, finite.
+        gold: positions of the units that are known to matter, at least one.
+        bounds: least and most, in parts of an equal share.
+
+    Raises:
+        ValueError: if there is no gold unit, one is no position, or a score is not
+            finite.
+
+    Source: Walker and Ewetz (2025), arXiv:2512.15663.
+
+    Example:
+        >>> coverage([4.0, 5.0, 1.0], [0, 1])
+        1.0
+    """
+    given, chosen = _checked(scores, gold)
+    mass = np.abs(given)
+    if mass.sum() == 0.0:
+        return 0.0
+    share = mass[chosen] / mass.sum() * len(chosen)
+    return float(((share > bounds[0]) & (share < bounds[1])).mean())
 
 
 def agreement(
