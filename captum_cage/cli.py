@@ -50,7 +50,7 @@ from captum_cage.methods.catalogue import (
     missing_extra,
     needs_argument,
 )
-from captum_cage.metrics import Evaluation
+from captum_cage.metrics import Evaluation, MaskedRefill
 from captum_cage.result import GraphAttributionResult
 from captum_cage.spans import Explain
 from captum_cage.terminal import TerminalView, harmless
@@ -209,6 +209,7 @@ class _Removal(str, Enum):
     delete = "delete"
     baseline = "baseline"
     suppress = "suppress"
+    masked_lm = "masked_lm"
 
 
 class _Part(str, Enum):
@@ -357,6 +358,11 @@ class _Output:
         if not self.quiet:
             _say(text)
 
+    def save(self, result: GraphAttributionResult) -> None:
+        """Write the file that ``show`` reads, if one is asked for."""
+        if self.save_file is not None:
+            result.save(self.save_file)
+
     def write(
         self,
         result: GraphAttributionResult,
@@ -367,8 +373,7 @@ class _Output:
         evaluation: Evaluation | None = None,
     ) -> None:
         """Write the files, then print the result."""
-        if self.save_file is not None:
-            result.save(self.save_file)
+        self.save(result)
         if self.json_file is not None:
             numbers = result.to_dict()
             if checks:
@@ -710,7 +715,8 @@ def explain(
         typer.Option(
             "--removal",
             show_default=False,
-            help="How --evaluate takes sources away. Default: delete.",
+            help="How --evaluate takes sources away; masked_lm needs --masked-lm. "
+            "Default: delete.",
             rich_help_panel=_OUTPUT,
         ),
     ] = None,
@@ -785,7 +791,8 @@ def explain(
 ) -> None:
     """Explain what a language model generates, or a text that you give."""
     output = _Output(top, paths, width, json_file, save, quiet, no_progress)
-    base, declared = _chosen_method(method, masked_lm)
+    refills = removal is _Removal.masked_lm
+    base, declared = _chosen_method(method, masked_lm, refills)
     options, kwargs = _counts(base, declared, samples, steps)
     span = _question(explain, part)
     foils = _foils(foil)
@@ -826,9 +833,12 @@ def explain(
     if not output.shows_progress:
         transformers.utils.logging.disable_progress_bar()
     network, tokenizer = _load(model, place, dtype, trust_remote_code)
+    masked: dict[str, Any] = {}
     if masked_lm is not None:
         output.note(f"loading {masked_lm}")
-        options |= _masked_lm(masked_lm, place, dtype, trust_remote_code)
+        masked = _masked_lm(masked_lm, place, dtype, trust_remote_code)
+    if needs_argument(base, "masked_lm") is not None:
+        options |= masked
     if listed is None:
         inp = _input(str(texts[0]), texts[2], chat, baseline, tokenizer)
     else:
@@ -869,9 +879,13 @@ def explain(
     seconds = time.perf_counter() - start
     evaluation = None
     if evaluate:
+        output.save(result)  # which a statement that does not hold must not lose
+        chosen: Any = None if removal is None else removal.value
+        if refills:
+            chosen = MaskedRefill(masked["masked_lm"], masked["masked_tokenizer"])
         evaluation = result.evaluate(
             statement=wanted,
-            removal=None if removal is None else removal.value,
+            removal=chosen,
             gen_args={"max_new_tokens": max_new_tokens} if max_new_tokens else None,
             seed=seed,
             batch_size=batch_size,
@@ -954,7 +968,9 @@ def _conversation(
     return ChatTokenInput(messages, tokenizer, features="all", baselines=token)
 
 
-def _chosen_method(name: str, masked_lm: str | None) -> tuple[type[Any], Capability]:
+def _chosen_method(
+    name: str, masked_lm: str | None, refills: bool
+) -> tuple[type[Any], Capability]:
     """The class of a base method, and what it declares; it has what it needs."""
     try:
         method, declared = method_named(name)
@@ -973,7 +989,12 @@ def _chosen_method(name: str, masked_lm: str | None) -> tuple[type[Any], Capabil
             "language model and needs one. Pass its name, for example "
             "--masked-lm FacebookAI/roberta-base."
         )
-    if needed is None and masked_lm is not None:
+    if refills and masked_lm is None:
+        raise ValueError(
+            "--removal: masked_lm writes other words by a masked language model. Pass "
+            "--masked-lm, for example --masked-lm FacebookAI/roberta-base."
+        )
+    if needed is None and masked_lm is not None and not refills:
         takers = _names(lambda other, _: needs_argument(other, "masked_lm") is not None)
         raise ValueError(
             f"--masked-lm: {method.__name__} does not take it. It is for {takers}. "

@@ -116,9 +116,15 @@ class Followup:
             )
 
     def evaluator(self, result: GraphAttributionResult, **options: Any) -> Evaluator:
-        """What tests attributions of the same text."""
+        """What tests attributions of the same text; special tokens always stay."""
+        sources = [unit for unit in result.units if not unit.generated]
+        said = [place for place, unit in enumerate(sources) if not unit.special]
+        if options.get("sources") is None and said:
+            options = {**options, "sources": said}
         with held(self.task.llm_attr):
-            return Evaluator(self.task, result.explained, **options)
+            found = Evaluator(self.task, result.explained, **options)
+        found.told = tuple(result.input_tokens)
+        return found
 
     def repeat(self, result: GraphAttributionResult) -> GraphAttributionResult:
         """The same question asked anew."""

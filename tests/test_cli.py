@@ -869,6 +869,62 @@ class TestColour:
         assert "Zo\\xeb." in done.stdout
 
 
+@pytest.mark.filterwarnings("ignore:With all sources the model comes to")
+class TestEvaluate:
+    """captum-cage explain --evaluate."""
+
+    def test_the_result_is_tested_and_printed(self, folder):
+        """As the library does it, with what is known of the metrics."""
+        done = explain(folder, "--evaluate", "--units", "sentence", "--width", "200")
+        assert done.exit_code == 0, done.stderr
+        table = done.stdout.split("Heaviest paths")[1]
+        assert "regenerated: deletion" in table
+        for order in ("result", "direct", "sequence", "one hop", "nearest", "random"):
+            assert order in table
+        done = explain(folder, "--evaluate", "--units", "sentence", "--json", "-")
+        found = json.loads(done.stdout)["evaluation"]
+        result = in_python(folder, units="sentence")
+        expected = result.evaluate(gen_args=None).to_dict()
+        assert found["scores"].keys() == expected["scores"].keys()
+        assert found["removal"] == expected["removal"] == "delete"
+        own = found["scores"]["result"]["span: rise"]
+        assert own == pytest.approx(
+            expected["scores"]["result"]["span: rise"], nan_ok=True
+        )
+
+    @pytest.mark.parametrize("removal", ["baseline", "suppress", "masked_lm"])
+    def test_sources_go_as_they_are_told(self, folder, masked, removal):
+        """In each way."""
+        arguments = ["--evaluate", "--removal", removal, "--units", "sentence"]
+        if removal == "masked_lm":
+            arguments += ["--masked-lm", masked]
+        done = explain(folder, *arguments, "--json", "-")
+        assert done.exit_code == 0, done.stderr
+        assert json.loads(done.stdout)["evaluation"]["removal"].startswith(removal)
+
+    def test_a_masked_language_model_is_asked_for(self, folder):
+        """Before the model is loaded."""
+        done = explain(folder, "--evaluate", "--removal", "masked_lm")
+        assert done.exit_code == 2
+        assert "--removal: masked_lm writes other words" in done.stderr
+        assert "loading" not in done.stderr
+
+    def test_a_statement_that_does_not_hold_loses_nothing(self, folder, tmp_path):
+        """The result is saved before it is tested."""
+        path = tmp_path / "kept.npz"
+        arguments = ["--evaluate", "--statement", "eleven", "--save", path]
+        done = explain(folder, *arguments)
+        assert done.exit_code == 2
+        assert "statement: must hold of the text that is explained" in done.stderr
+        assert run("show", path).exit_code == 0
+
+    def test_how_to_test_needs_a_test(self, folder):
+        """It would be without effect."""
+        done = explain(folder, "--statement", "7")
+        assert done.exit_code == 2
+        assert "--statement, --removal: say how a result is tested" in done.stderr
+
+
 class TestDemo:
     """captum-cage demo."""
 

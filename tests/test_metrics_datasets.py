@@ -20,6 +20,7 @@ from captum_cage.metrics.datasets import (
     gsm8k,
     hotpotqa,
     morehopqa,
+    multi_hop,
     multiarith,
     needles,
     ruler,
@@ -76,6 +77,25 @@ class TestFacts:
         assert first == {True, False}
         assert all("List 2 of these facts." in example.prompt for example in drawn)
 
+    def test_facts_may_be_listed_in_the_order_in_which_they_are_told(self):
+        """And asked for on a line of their own, as the authors' code has it."""
+        mixed = False
+        for example, drawn in zip(
+            facts(FACTS, 30, in_order=True), facts(FACTS, 30), strict=True
+        ):
+            told = held(example, example.sources)
+            assert example.prompt == " ".join(told) + "\nList 3 of these facts."
+            listed = [
+                example.completion[a:b] for a, b in sentence_spans(example.completion)
+            ]
+            assert len(listed) == 3
+            assert [told.index(one) for one in listed] == sorted(
+                told.index(one) for one in listed
+            )
+            assert " ".join(held(example, example.gold)) == example.explain
+            mixed |= drawn.completion != example.completion
+        assert mixed
+
     @pytest.mark.parametrize(
         ("options", "match"),
         [
@@ -121,6 +141,23 @@ class TestUnrelated:
         (example,) = unrelated([self.PROMPT], sentence=sentence)
         assert set(held(example, example.sources[1::2])) == {"It rains."}
         assert example.prompt.count(sentence) == len(example.gold)
+
+    @pytest.mark.parametrize("prompt", [PROMPT, PROMPT.replace("\n\n", " ")])
+    def test_the_question_may_begin_a_line(self, prompt):
+        """As the authors' code has it; all else stays, and so do the ranges."""
+        (example,) = unrelated([prompt], question_apart=True)
+        own = [prompt[a:b] for a, b in sentence_spans(prompt)]
+        assert held(example, example.gold) == own
+        before, question = example.prompt.rsplit("\n", 1)
+        assert question == f"{own[-1]} Unrelated Sentence."
+        assert before.replace(" Unrelated Sentence.", "") == (
+            prompt[: prompt.index(own[-1])].rstrip()
+        )
+
+    def test_a_question_alone_has_no_line_to_begin(self):
+        """It stands where it stood."""
+        (example,) = unrelated("How many?", question_apart=True)
+        assert example.prompt == "How many? Unrelated Sentence."
 
     def test_what_else_is_known_of_an_example_stays(self):
         """Completion, answer, statement and where it comes from."""
@@ -248,6 +285,11 @@ class TestVariableTracking:
             ({"chains": 0}, "chains: must be 1 or more"),
             ({"hops": -1}, "hops: must be 0 or more"),
             ({"length": 2}, "noise: must be at least 1 text"),
+            (
+                {"chains": 17_577, "hops": 0},
+                "chains: .* at most 17576 variables",
+            ),
+            ({"chains": 4_395}, "chains: .* 4395 chains of 4 came. Pass fewer"),
             ({"length": -2}, "length: must be 0 or more"),
             ({"count": -1}, "count: must be 0 or more"),
         ],
@@ -258,9 +300,95 @@ class TestVariableTracking:
             list(variable_tracking(**{"count": 1, **options}))
 
 
+def answered(statements: list[str], question: str) -> tuple[str, list[str]]:
+    """The answer to a question of several hops, and the statements that it took."""
+    known = {}
+    for text in statements:
+        found = re.fullmatch(r"The ([a-z ]+) of (\w+) is (\w+)\.", text)
+        if found is not None:
+            assert found.group(1, 2) not in known
+            known[found.group(1, 2)] = (found[3], text)
+    *names, person = question.removeprefix("What is the ").rstrip("?").split(" of ")
+    used = []
+    for name in reversed([one.removeprefix("the ") for one in names]):
+        person, text = known[name, person]
+        used.append(text)
+    return person, used
+
+
+class TestMultiHop:
+    """Questions that need a chain of statements."""
+
+    @pytest.mark.parametrize("hops", [1, 2, 4])
+    def test_gold_is_the_chain_that_leads_to_the_answer(self, hops):
+        """Read by following the question through the statements."""
+        mixed = False
+        for example in multi_hop(HAYSTACK, 30, hops=hops, chains=3, length=5):
+            told = held(example, example.sources)
+            question = example.prompt.removeprefix(" ".join(told)).strip()
+            answer, used = answered(told, question)
+            assert answer == example.answer == example.explain
+            assert sorted(held(example, example.gold)) == sorted(used)
+            assert len(set(used)) == hops
+            assert example.gold == tuple(sorted(example.gold))
+            assert set(example.gold) <= set(example.sources)
+            assert example.completion == "".join(f" {text}" for text in used)
+            assert example.completion.count(answer) == 1
+            assert sum(text in HAYSTACK for text in told) == 5
+            assert len(told) == 5 + 3 * hops
+            assert example.kind == "multi hop"
+            mixed |= held(example, example.gold) != used
+        assert mixed == (hops > 1)
+
+    def test_decoys_do_not_answer(self):
+        """They are about the same relations, and each has a number of its own."""
+        for example in multi_hop(HAYSTACK, 20, hops=3, chains=4, length=2):
+            told = held(example, example.sources)
+            gold = held(example, example.gold)
+            decoys = [one for one in told if one not in [*gold, *HAYSTACK]]
+            assert len(decoys) == 9
+            assert not any(example.answer in one for one in decoys)
+            numbers = [n for one in decoys for n in re.findall(r"\d{7}", one)]
+            assert len(set(numbers) - {example.answer}) == 3
+            relations = [re.match(r"The ([a-z ]+) of", one)[1] for one in decoys]
+            asked = {re.match(r"The ([a-z ]+) of", one)[1] for one in gold}
+            assert set(relations) == asked
+            question = example.prompt.removeprefix(" ".join(told)).strip()
+            for missing in gold:
+                with pytest.raises(KeyError):
+                    answered([one for one in told if one != missing], question)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "match"),
+        [
+            ({"texts": []}, ValueError, "texts: must be at least 1 text"),
+            ({"texts": [" "]}, ValueError, "texts: must be .* 0 of them texts"),
+            ({"hops": 0}, ValueError, "hops: must be at least 1 and less than 14"),
+            ({"hops": 14}, ValueError, "hops: must be .* There are 12 relations"),
+            ({"hops": 2.0}, TypeError, "hops: must be a whole number"),
+            ({"chains": 0}, ValueError, "chains: must be 1 or more"),
+            ({"chains": 26}, ValueError, "chains: must have at most 50 persons"),
+            ({"length": -1}, ValueError, "length: must be 0 or more"),
+            ({"count": -1}, ValueError, "count: must be 0 or more"),
+        ],
+    )
+    def test_bad_arguments_are_refused(self, options, error, match):
+        """By name."""
+        options = {"texts": HAYSTACK, "count": 1, **options}
+        with pytest.raises(error, match=match):
+            list(multi_hop(**options))
+
+    @pytest.mark.parametrize(("hops", "chains"), [(13, 1), (2, 25), (1, 50)])
+    def test_all_persons_and_relations_may_be_used(self, hops, chains):
+        """Without text around them."""
+        (example,) = multi_hop(HAYSTACK, 1, hops=hops, chains=chains, length=0)
+        assert len(example.sources) == hops * chains
+
+
 @pytest.mark.parametrize(
     "drawn",
     [
+        lambda count, seed: multi_hop(HAYSTACK, count, seed=seed),
         lambda count, seed: facts(FACTS, count, seed=seed),
         lambda count, seed: needles(HAYSTACK, count, seed=seed),
         lambda count, seed: variable_tracking(
@@ -409,7 +537,8 @@ RULER = [
     },
     {
         "index": 1,
-        "input": "Memorise.\n\nVAR ABC = 12345. VAR XY = 9.\nVAR DEF = VAR ABC.",
+        "input": "Memorise.\n\nVAR ABC = 12345. VAR XY = 9.\nVAR DEF = VAR ABC.\n\n"
+        "Memorise.\n\nQuestion: Find all with the value 12345. Answer: They are: ",
         "outputs": ["ABC", "DEF"],
     },
 ]
@@ -488,12 +617,46 @@ class TestLoaders:
         assert held(needle, needle.gold) == [
             "One of the special magic numbers for amber is: 1234567."
         ]
-        assert held(needle, needle.sources)[0] == "A special magic number is hidden."
-        assert held(needle, needle.sources)[-1] == "What is the number for amber?"
-        assert len(needle.sources) == 6
+        assert held(needle, needle.sources) == [
+            "The grass is green.",
+            "One of the special magic numbers for amber is: 1234567.",
+            "The sky is blue.",
+            "One of the special magic numbers for basil is: 12345678.",
+        ]
         assert held(chain, chain.gold) == ["VAR ABC = 12345.", "VAR DEF = VAR ABC."]
+        assert held(chain, chain.sources) == [
+            *("VAR ABC = 12345.", "VAR XY = 9.", "VAR DEF = VAR ABC.")
+        ]
         assert chain.answer == "ABC DEF"
         assert chain.meta["outputs"] == ["ABC", "DEF"]
+
+    @pytest.mark.parametrize("between", [" ", "\n"])
+    def test_instruction_and_question_of_a_needle_task_may_not_be_taken_away(
+        self, between, tmp_path
+    ):
+        """In a file and from the generator alike, also where all is in one line."""
+        (own,) = needles(HAYSTACK, 1, length=5, keys=2)
+        told = held(own, own.sources)
+        question = own.prompt.removeprefix(" ".join(told)).strip()
+        text = between.join(["Remember this.", " ".join(told), question])
+        record = {"input": text, "outputs": [own.answer]}
+        (read,) = ruler(written(tmp_path / "one.jsonl", [record]))
+        assert held(read, read.sources) == told
+        assert held(read, read.gold) == held(own, own.gold)
+        for example in (own, read):
+            last = max(stop for _, stop in example.sources)
+            assert example.prompt[last:].strip() == question
+
+    def test_paragraphs_may_be_plain(self, tmp_path):
+        """Sentences in one line and the question in the next; the ranges hold."""
+        records = [{**HOTPOT, "context": [*CONTEXT, ["Empty", [" "]]]}]
+        (example,) = hotpotqa(written(tmp_path / "dev.json", records), plain=True)
+        assert example.prompt == " ".join(SENTENCES) + "\nWho made Ed Wood?"
+        assert held(example, example.sources) == SENTENCES
+        assert held(example, example.gold) == SENTENCES[1:3]
+        (example,) = morehopqa(written(tmp_path / "more.json", [MOREHOP]), plain=True)
+        assert example.prompt == " ".join(SENTENCES) + f"\n{MOREHOP['question']}"
+        assert held(example, example.sources) == SENTENCES
 
     def test_line_separators_within_a_text_do_not_end_a_record(self, tmp_path):
         """Only a line feed does, as JSON lines are."""

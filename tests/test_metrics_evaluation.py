@@ -46,7 +46,7 @@ from captum_cage.metrics import (
     recovery_at,
 )
 from captum_cage.metrics.scores import Probe
-from tiny import LocalProvider, tiny_model
+from tiny import LocalProvider, tiny_model, tiny_tokenizer
 
 ORDERS = ("result", "direct", "sequence", "one hop", "nearest")
 REGENERATED = [f"regenerated: {name}" for name in METRICS]
@@ -480,7 +480,7 @@ class TestStatements:
             (None, "code", "'Thus the safe is teal.'"),
             ("safe is teal", "code", "'safe is teal'"),
             ("the gate is blue", "lamp", "'the gate is blue'"),
-            (re.compile(r"gate is (\w+)"), "lamp", r"the pattern 'gate is (\\w+)'"),
+            (re.compile(r"gate is (\w+)"), "lamp", r"the pattern /gate is (\w+)/"),
             (lambda text: "gate is blue" in text, "lamp", "the function <lambda>"),
             (lambda text: text.split()[4:5], "code", "the function <lambda>"),
         ],
@@ -707,6 +707,7 @@ class TestTold:
             (1.0, 2.0, False, True),
             (1.0, 1.0, True, False),
             (1.0, 1.0, False, False),
+            (0.1 + 0.2, 0.3, True, False),  # they differ by rounding
             (math.nan, 1.0, True, False),
         ],
     )
@@ -717,10 +718,27 @@ class TestTold:
         found = Evaluation(
             {"result": {name: Score(own)}, "random": {name: Score(other)}},
             {name: found.metrics[name]},
-            *(found.statement, found.removal, 1.0, 0.0, {}, {}, 0, 0),
+            *(found.statement, found.removal, 1.0, 0.0, {}, {}, {}, 0, 0),
         )
         assert found.beats(name) is beats
         assert bool(found.notes) is not beats
+
+    def test_curves_of_four_kinds_are_two_of_them(self):
+        """What is lost, and what is held, are measured from all sources."""
+        found = result_of("chain", 0).evaluate(
+            ["regenerated: deletion", "regenerated: insertion"], removal="baseline"
+        )
+        key = ("result", "regenerated")
+        going, coming = found.curves[key], found.insertions[key]
+        assert found.curve("deletion").tolist() == going.tolist()
+        assert found.curve("insertion").tolist() == coming.tolist()
+        assert found.curve("necessity").tolist() == (1.0 - going).tolist()
+        assert found.curve("sufficiency").tolist() == (coming - 1.0).tolist()
+        assert (going[0], going[-1], coming[0], coming[-1]) == (1, 0, 0, 1)
+        with pytest.raises(ValueError, match=r"curve: .* Evaluate 'span: insertion'"):
+            found.curve("sufficiency", "span")
+        with pytest.raises(ValueError, match="kind: must be one of"):
+            found.curve("area")
 
     def test_everything_is_json(self):
         """Without numbers that JSON does not have."""
@@ -840,7 +858,7 @@ class TestRefusals:
         with (
             counting(model) as asked,
             pytest.raises(
-                ValueError, match=r"statement: must hold of .* an empty text does not"
+                ValueError, match="what is explained is white space or special tokens"
             ),
         ):
             result.evaluate(["span: rise", "regenerated: rise"])
@@ -935,3 +953,53 @@ def test_everything_is_left_as_it_was(tokenizer):
     torch.manual_seed(99)
     with pytest.warns(UserWarning, match="says nothing here"):
         assert result.evaluate(names, samples=2, **options).to_dict() == one
+
+
+class TestTexts:
+    """What is taken away and what must come out again, by the text itself."""
+
+    def test_special_tokens_stay(self):
+        """A text without its first token is another kind of text to the model."""
+        tokenizer = tiny_tokenizer("sentencepiece")
+        model = tiny_model(vocab_size=len(tokenizer))
+        inp = TextTokenInput("Ana has 3 pens. Mia has 4.", tokenizer)
+        cage = GraphContextAttribution(
+            LLMAttribution(FeatureAblation(model), tokenizer)
+        )
+        result = cage.attribute(inp, "Ana has 3.", units="sentence")
+        assert [unit.special for unit in result.units[:3]] == [True, False, False]
+        with counting(model) as asked:
+            result.evaluate("span: deletion")
+        assert {ids[0] for ids in asked["passed"]} == {tokenizer.bos_token_id}
+        with counting(model) as asked:
+            result.evaluate("span: deletion", sources=[0, 1])
+        assert {ids[0] for ids in asked["passed"]} > {tokenizer.bos_token_id}
+
+    def test_a_part_of_a_character_is_looked_for_as_the_whole(self):
+        """What a token alone decodes to is no text."""
+        tokenizer = tiny_tokenizer()
+        model = tiny_model(vocab_size=len(tokenizer))
+        inp = TextTokenInput("Ana has 3 pens.", tokenizer)
+        ids = tokenizer.encode("So 日.", add_special_tokens=False)
+        cage = GraphContextAttribution(
+            LLMAttribution(FeatureAblation(model), tokenizer)
+        )
+        result = cage.attribute(inp, ids, units="token")
+        texts = [tokenizer.decode([token]) for token in ids]
+        broken = [place for place, text in enumerate(texts) if "\ufffd" in text]
+        assert len(broken) > 1
+        for place in broken:
+            assert result.explaining(place).evaluator().statement == "'日'"
+
+    def test_another_text_is_refused(self):
+        """Its scores would be of other sources."""
+        tested = result_of("chain", 0).evaluator(removal="baseline")
+        with pytest.raises(ValueError, match="tested: must explain the text"):
+            tested.evaluate(result_of("chain", 1), "span: deletion")
+
+    @pytest.mark.parametrize("name", ["gold", "sources"])
+    @pytest.mark.parametrize("value", [3, "03"])
+    def test_positions_are_a_list(self, name, value):
+        """Not a number, and no text."""
+        with pytest.raises(TypeError, match=f"{name}: must be positions of sources"):
+            result_of("chain", 0).evaluate(**{name: value})

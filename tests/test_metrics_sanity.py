@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from typing import Any
 
@@ -29,6 +30,7 @@ from captum_cage.metrics import (
     parameter_randomization,
     randomized,
     reproducibility,
+    sanity,
     sensitivity,
 )
 from conftest import PROMPT, TARGET
@@ -303,8 +305,27 @@ class TestParameterRandomization:
     )
     def test_half_a_rank_correlation_is_too_much(self, last, depends):
         """With either sign, at the last stage."""
-        found = Randomization(("first", "last"), (0.9, last), 1)
+        found = Randomization(("first", "last"), (0.9, last), 1, 0.01)
         assert found.depends_on_model is depends
+
+    def test_so_few_sources_that_chance_does_as_much_tell_nothing(self):
+        """And that is said."""
+        found = Randomization(("all",), (1.0,), 1, 1.0)
+        assert found.depends_on_model
+        assert "random rankings of so few sources do so in 100% of cases" in str(found)
+
+    @pytest.mark.parametrize(("size", "seeds"), [(2, 1), (3, 1), (3, 3), (5, 2)])
+    def test_chance_is_the_share_of_all_rankings(self, size, seeds):
+        """Which agree as much, by counting them."""
+        own = np.arange(size, dtype=float)
+        rhos = [
+            float(np.corrcoef(own, order)[0, 1])
+            for order in itertools.permutations(own)
+        ]
+        means = [np.mean(some) for some in itertools.product(rhos, repeat=seeds)]
+        expected = np.mean(np.abs(means) >= 0.6 - 1e-9)
+        found = sanity._chance(own, 0.6, seeds, draws=20000)
+        assert found == pytest.approx(expected, abs=0.02)
 
     def test_one_source_has_no_rank(self, model, tokenizer):
         """Smaller units are needed."""
@@ -486,10 +507,15 @@ class TestSensitivity:
     [
         (parameter_randomization, {"seeds": 0}, ValueError, "seeds: must be 1 or more"),
         (parameter_randomization, {"seeds": 1.5}, TypeError, "seeds: must be a whole"),
-        (reproducibility, {"seed": -1}, ValueError, "seed: must be 0 or more"),
+        (
+            reproducibility,
+            {"seed": -1},
+            ValueError,
+            "seed: must be at least 0 and less",
+        ),
         (reproducibility, {"seed": None}, TypeError, "seed: must be a whole number"),
         (sensitivity, {"samples": 0}, ValueError, "samples: must be 1 or more"),
-        (sensitivity, {"seed": -1}, ValueError, "seed: must be 0 or more"),
+        (sensitivity, {"seed": -1}, ValueError, "seed: must be at least 0 and less"),
         (sensitivity, {"radius": 0.0}, ValueError, "radius: must be a finite number"),
         (sensitivity, {"radius": float("nan")}, ValueError, "radius: must be a finite"),
         (sensitivity, {"radius": float("inf")}, ValueError, "radius: must be a finite"),

@@ -125,7 +125,7 @@ def aligned(curve, scores):
     ]
     low, high = min(total), max(total)
     if high == low:
-        return 0.0
+        return 0.5
     return auc([(one - low) / (high - low) for one in total])
 
 

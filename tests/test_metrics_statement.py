@@ -6,6 +6,7 @@ import re
 
 import numpy as np
 import pytest
+import torch
 
 from captum_cage.metrics.statement import Statement
 
@@ -63,7 +64,7 @@ class TestTexts:
     @pytest.mark.parametrize("explained", [(), [" ", ""]])
     def test_nothing_explained_is_nothing_to_come_out_again(self, explained):
         """An empty text would occur in every other one."""
-        with pytest.raises(ValueError, match="an empty text does not"):
+        with pytest.raises(ValueError, match="white space or special tokens alone"):
             Statement(None, TEXT, explained)
 
     @pytest.mark.parametrize("piece", ["", " "])
@@ -81,7 +82,7 @@ class TestPatterns:
         statement = Statement(re.compile(r"answer is \d+"), TEXT)
         assert statement("My answer is 12!") == 1.0
         assert statement("My answer is twelve!") == 0.0
-        assert statement.description == r"the pattern 'answer is \\d+'"
+        assert statement.description == r"the pattern /answer is \d+/"
 
     def test_the_last_match_counts(self):
         """All of its groups must be those of the last one in the text explained."""
@@ -104,7 +105,7 @@ class TestPatterns:
 
     def test_what_is_not_found_in_the_text_explained_is_refused(self):
         """Nothing could be compared with it."""
-        with pytest.raises(ValueError, match=r"the pattern 'total \(.*' does not. It "):
+        with pytest.raises(ValueError, match=r"the pattern /total \(.*/ does not. It "):
             Statement(re.compile(r"total (\d+)"), TEXT)
 
 
@@ -178,6 +179,31 @@ def test_a_token_inside_a_word_is_looked_for_as_such():
         Statement("7", "Mia has 17 pens.")
 
 
+@pytest.mark.parametrize(
+    ("piece", "text", "other"),
+    [("北京", "答案是北京。", "答案是南京。"), ("18", "It is 18kg.", "It is 118kg.")],
+)
+def test_a_given_text_may_be_joined_to_others(piece, text, other):
+    """Where the text explained has it so; a longer number is another number."""
+    statement = Statement(piece, text)
+    assert (statement(text), statement(other)) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("other", ["It is -7.", "It is 7/8.", "It is 1/7.", "\u22127"])
+def test_a_sign_or_a_fraction_makes_another_number(other):
+    """As a point or another digit does."""
+    assert Statement("7", "The answer is 7.")(other) == 0.0
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_a_number_without_dimensions_is_a_number(kind):
+    """Whichever library it comes from."""
+    likely = Statement(lambda text: kind(0.4 if "7" in text else 0.1), "It is 7.")
+    assert (likely("7"), likely("8")) == (pytest.approx(0.4), pytest.approx(0.1))
+    holds = Statement(lambda text: kind("7" in text), "It is 7.")
+    assert (holds("7"), holds("8")) == (1.0, 0.0)
+
+
 class TestErrors:
     """What is refused."""
 
@@ -190,6 +216,6 @@ class TestErrors:
 
     def test_it_must_hold_of_the_text_explained(self):
         """The error says what that text reads."""
-        match = "statement: must hold .*, but '8' does not. It reads 'She has 3"
+        match = "statement: must hold .*, but '8' does not. It ends with 'She has 3"
         with pytest.raises(ValueError, match=match):
             Statement("8", TEXT)

@@ -23,6 +23,7 @@ __all__ = [
     "gsm8k",
     "hotpotqa",
     "morehopqa",
+    "multi_hop",
     "multiarith",
     "needles",
     "ruler",
@@ -134,10 +135,10 @@ class _Prompt:
         self.text = ""
         self._between = between
 
-    def add(self, piece: str) -> Span:
+    def add(self, piece: str, between: str | None = None) -> Span:
         """Append a piece, and say where it stands."""
         if self.text:
-            self.text += self._between
+            self.text += self._between if between is None else between
         start = len(self.text)
         self.text += piece
         return start, len(self.text)
@@ -165,6 +166,7 @@ def facts(
     told: int = 9,
     listed: int = 3,
     explained: int = 2,
+    in_order: bool = False,
     seed: int = 0,
 ) -> Iterator[Example]:
     """The Facts recipe: some of the facts told are listed, and some of these explained.
@@ -179,6 +181,9 @@ def facts(
         told (int, optional): facts in a prompt. Default: ``9``
         listed (int, optional): facts in a completion. Default: ``3``
         explained (int, optional): facts that are explained. Default: ``2``
+        in_order (bool, optional): as the authors' code has it, list the facts in the
+            order in which they are told, and ask on a line of its own. Default:
+            ``False``
         seed (int, optional): of the draw. Default: ``0``
 
     Raises:
@@ -208,8 +213,10 @@ def facts(
         chosen = rng.sample(known, told)
         prompt = _Prompt()
         spans = [prompt.add(text) for text in chosen]
-        prompt.add(f"List {listed} of these facts.")
+        prompt.add(f"List {listed} of these facts.", "\n" if in_order else None)
         wanted = rng.sample(range(told), listed)
+        if in_order:
+            wanted.sort()
         first = rng.randint(0, listed - explained)
         matter = wanted[first : first + explained]
         yield Example(
@@ -226,6 +233,7 @@ def unrelated(
     prompts: Iterable[str | Example],
     *,
     sentence: str = UNRELATED,
+    question_apart: bool = False,
 ) -> Iterator[Example]:
     """The Math recipe: an unrelated sentence after every sentence of a prompt.
 
@@ -235,6 +243,8 @@ def unrelated(
         prompts (Iterable[str or Example]): problems, in any words.
         sentence (str, optional): what is inserted, with the space before it. Default:
             ``" Unrelated Sentence."``
+        question_apart (bool, optional): begin a line with the last sentence of a
+            prompt, as the authors' code does. Default: ``False``
 
     Raises:
         ValueError: if the sentence is empty.
@@ -249,11 +259,13 @@ def unrelated(
     for given in [prompts] if isinstance(prompts, str) else prompts:
         example = Example(given) if isinstance(given, str) else given
         text, done, gold, sources = "", 0, [], []
-        for start, stop in sentence_spans(example.prompt):
+        spans = sentence_spans(example.prompt)
+        for number, (start, stop) in enumerate(spans, 1):
             own = example.prompt[start:stop]
             lead = len(own) - len(own.lstrip())
             visible = own.strip()
-            text += example.prompt[done : start + lead]
+            is_apart = question_apart and 1 < number == len(spans)
+            text += "\n" if is_apart else example.prompt[done : start + lead]
             gold.append((len(text), len(text) + len(visible)))
             text += visible
             added = len(sentence) - len(sentence.lstrip())
@@ -367,6 +379,10 @@ def variable_tracking(
         length (int, optional): how many of them. Default: ``0``
         seed (int, optional): of the draw. Default: ``0``
 
+    Raises:
+        ValueError: if there are more variables than names of three letters, or noise is
+            wanted and none came.
+
     Source: Hsieh et al. (2024), RULER, arXiv:2404.06654.
 
     Example:
@@ -380,6 +396,15 @@ def variable_tracking(
     remedy = "Pass how many, at least one."
     whole_number("chains", chains, minimum=1, remedy=remedy)
     whole_number("hops", hops, minimum=0, remedy=remedy)
+    if chains * (hops + 1) > (most := len(_LETTERS) ** 3):
+        raise ValueError(
+            complaint(
+                "chains",
+                f"must have at most {most} variables in all, one for each name",
+                f"{chains} chains of {hops + 1} came",
+                "Pass fewer chains or hops.",
+            )
+        )
     for _ in range(whole_number("count", count, remedy="Pass how many to draw.")):
         names = _names(rng, chains * (hops + 1))
         values = rng.sample(range(10_000, 100_000), chains)
@@ -410,6 +435,110 @@ def variable_tracking(
             answer,
             kind="variable tracking",
         )
+
+
+def multi_hop(
+    texts: Iterable[str],
+    count: int,
+    *,
+    hops: int = 2,
+    chains: int = 3,
+    length: int = 40,
+    seed: int = 0,
+) -> Iterator[Example]:
+    """Questions that need several statements, hidden among other text in any order.
+
+    ``The mentor of Ana is Leo.`` and ``The locker number of Leo is 1234567.``: the
+    question asks for the locker number of the mentor of Ana. There are ``chains``
+    chains of such statements about the same relations, each with persons and a number
+    of its own, and only one leads to the answer. The fixed completion goes through the
+    chain, a sentence for each hop; explained is the number at its end.
+
+    Args:
+        texts (Iterable[str]): sentences to hide the statements among.
+        count (int): number of examples.
+        hops (int, optional): statements of a chain, all of which are needed. Default:
+            ``2``
+        chains (int, optional): number of chains, one of which is asked for. Default:
+            ``3``
+        length (int, optional): other sentences in a prompt. Default: ``40``
+        seed (int, optional): of the draw. Default: ``0``
+
+    Raises:
+        ValueError: if there are no texts, or more persons or relations are needed than
+            there are.
+
+    Source: in the manner of Yang et al. (2018), HotpotQA, arXiv:1809.09600, whose
+    questions need supporting facts from several places, as chains of hops hidden in
+    other text (Hsieh et al. 2024, RULER, arXiv:2404.06654).
+
+    Example:
+        >>> example = next(multi_hop(["The sky is blue."], 1, length=3, chains=2))
+        >>> len(example.gold), len(example.sources)
+        (2, 7)
+    """
+    known = _texts("texts", texts, 1)
+    rng = random.Random(f"multi hop {seed}")
+    stop = len(_RELATIONS) + 2
+    remedy = f"There are {len(_RELATIONS)} relations, and the number at the end."
+    whole_number("hops", hops, minimum=1, stop=stop, remedy=remedy)
+    whole_number("chains", chains, minimum=1, remedy="Pass how many, at least one.")
+    whole_number("length", length, remedy="Pass the number of sentences.")
+    if chains * hops > len(_PERSONS):
+        raise ValueError(
+            complaint(
+                "chains",
+                f"must have at most {len(_PERSONS)} persons in all, one for each hop",
+                f"{chains} chains of {hops} came",
+                "Pass fewer chains or hops.",
+            )
+        )
+    for _ in range(whole_number("count", count, remedy="Pass how many to draw.")):
+        persons = rng.sample(_PERSONS, chains * hops)
+        relations = rng.sample(_RELATIONS, hops - 1)
+        numbers = rng.sample(range(1_000_000, 10_000_000), chains)
+        hidden = []
+        for chain, number in enumerate(numbers):
+            own = persons[chain * hops : (chain + 1) * hops]
+            hidden.append(
+                [
+                    f"The {relation} of {one} is {other}."
+                    for relation, (one, other) in zip(
+                        relations, pairwise(own), strict=True
+                    )
+                ]
+                + [f"The locker number of {own[-1]} is {number}."]
+            )
+        pieces = [(rng.choice(known), -1) for _ in range(length)]
+        for chain, statements in enumerate(hidden):
+            for statement in statements:
+                pieces.insert(rng.randint(0, len(pieces)), (statement, chain))
+        prompt = _Prompt()
+        spans = [(prompt.add(text), chain) for text, chain in pieces]
+        names = ("locker number", *reversed(relations))
+        asked = " of ".join(f"the {name}" for name in names)
+        prompt.add(f"What is {asked} of {persons[0]}?")
+        answer = str(numbers[0])
+        yield Example(
+            prompt.text,
+            " " + " ".join(hidden[0]),
+            answer,
+            tuple(span for span, chain in spans if chain == 0),
+            tuple(span for span, _ in spans),
+            answer,
+            kind="multi hop",
+        )
+
+
+_PERSONS = (
+    "Ada Ana Ben Cem Cleo Dan Dora Eli Emma Eva Fay Finn Gus Hal Ida Ines Ivan Jack "
+    "Jana Joe Kai Kim Lars Lea Leo Lin Lola Luc Mara Max Mia Nils Nina Noor Olga Omar "
+    "Otto Paul Pia Ravi Rosa Sam Sara Tara Theo Tom Uma Vera Will Zoe"
+).split()
+_RELATIONS = (
+    "mentor neighbour cousin tutor landlord partner doctor dentist barber coach boss "
+    "grandfather"
+).split()
 
 
 def _names(rng: random.Random, count: int) -> list[str]:
@@ -525,7 +654,8 @@ def gsm8k(
 
     Args:
         path (str or PathLike, optional): a local file. Default: from the hub
-        split (str, optional): ``"test"`` or ``"train"``. Default: ``"test"``
+        split (str, optional): ``"test"``, ``"train"``, or both as ``"train+test"``.
+            Default: ``"test"``
         limit (int, optional): most examples. Default: all
 
     Raises:
@@ -564,15 +694,23 @@ def multiarith(
 
 
 def _paragraphs(
-    context: Iterable[tuple[str, Sequence[str]]], supports: set[tuple[str, int]]
-) -> tuple[_Prompt, list[Span], list[Span]]:
-    """A context of titled paragraphs, and the ranges of all and of the gold ones."""
-    prompt = _Prompt("\n\n")
+    context: Iterable[tuple[str, Sequence[str]]],
+    supports: set[tuple[str, int]],
+    question: str,
+    *,
+    plain: bool,
+) -> tuple[str, tuple[Span, ...], tuple[Span, ...]]:
+    """Paragraphs and a question, and the ranges of the gold and of all sentences."""
+    prompt = _Prompt(" " if plain else "\n\n")
     gold, sources = [], []
     for title, sentences in context:
         written = [sentence.strip() for sentence in sentences]
-        start, _ = prompt.add(f"{title}: " + " ".join(s for s in written if s))
-        place = start + len(title) + 2
+        visible = " ".join(sentence for sentence in written if sentence)
+        if plain and not visible:
+            continue
+        head = "" if plain else f"{title}: "
+        start, _ = prompt.add(head + visible)
+        place = start + len(head)
         for number, sentence in enumerate(written):
             if not sentence:
                 continue
@@ -581,7 +719,11 @@ def _paragraphs(
             sources.append(span)
             if (title, number) in supports:
                 gold.append(span)
-    return prompt, gold, sources
+    if plain:
+        prompt.add(question.strip(), "\n")
+    else:
+        prompt.add(f"Question: {question.strip()}")
+    return prompt.text, tuple(gold), tuple(sources)
 
 
 def hotpotqa(
@@ -589,10 +731,19 @@ def hotpotqa(
     *,
     split: str = "validation",
     limit: int | None = None,
+    plain: bool = False,
 ) -> Iterator[Example]:
     """Questions over ten paragraphs, with the sentences that support the answer.
 
-    The arguments and errors are those of :func:`gsm8k`.
+    The errors are those of :func:`gsm8k`.
+
+    Args:
+        path (str or PathLike, optional): a local file. Default: from the hub
+        split (str, optional): of the data set. Default: ``"validation"``
+        limit (int, optional): most examples. Default: all
+        plain (bool, optional): all sentences in one line and the question in the next,
+            as in the code of Walker and Ewetz (2025), instead of titled paragraphs and
+            ``"Question:"``. Default: ``False``
 
     Source: Yang et al. (2018), arXiv:1809.09600.
     """
@@ -605,12 +756,13 @@ def hotpotqa(
         else:
             pairs = [(title, sentences) for title, sentences in context]
             known = {(title, number) for title, number in supports}
-        prompt, gold, sources = _paragraphs(pairs, known)
-        prompt.add(f"Question: {record['question'].strip()}")
+        prompt, gold, sources = _paragraphs(
+            pairs, known, record["question"], plain=plain
+        )
         return Example(
-            prompt.text,
-            gold=tuple(gold),
-            sources=tuple(sources),
+            prompt,
+            gold=gold,
+            sources=sources,
             answer=str(record["answer"]),
             kind="hotpotqa",
         )
@@ -624,22 +776,22 @@ def morehopqa(
     *,
     split: str = "test",
     limit: int | None = None,
+    plain: bool = False,
 ) -> Iterator[Example]:
     """Questions that need more than one hop and a step of reasoning, with context.
 
     Which sentences matter is not published, so ``gold`` is empty. The arguments and
-    errors are those of :func:`gsm8k`.
+    errors are those of :func:`hotpotqa`, and the split is ``"test"`` unless given.
 
     Source: Schnitzler et al. (2024), arXiv:2406.13397.
     """
 
     def read(record: Mapping[str, Any]) -> Example:
         pairs = [(title, sentences) for title, sentences in record["context"]]
-        prompt, _, sources = _paragraphs(pairs, set())
-        prompt.add(f"Question: {record['question'].strip()}")
+        prompt, _, sources = _paragraphs(pairs, set(), record["question"], plain=plain)
         return Example(
-            prompt.text,
-            sources=tuple(sources),
+            prompt,
+            sources=sources,
             answer=str(record["answer"]),
             kind="morehopqa",
         )
@@ -654,7 +806,10 @@ def ruler(
     """Examples of a file that RULER's own scripts wrote.
 
     Known to matter are the sentences that hold an expected output: the needles that
-    are asked for, and all statements of a chain of variables.
+    are asked for, and all statements of a chain of variables. The instruction, which is
+    the first line, also where it is said again, and the question, which is the last,
+    may not be taken away; in a text of fewer than three lines these are the first and
+    the last sentence.
 
     Args:
         path (str or PathLike): a file of JSON lines with ``input`` and ``outputs``.
@@ -665,10 +820,22 @@ def ruler(
 
     def read(record: Mapping[str, Any]) -> Example:
         text, outputs = str(record["input"]), [str(one) for one in record["outputs"]]
+        lines = list(_lines(text))
+        every = [
+            [
+                (start + place, start + place + len(piece.strip()))
+                for place, piece in _pieces(text[start:stop])
+            ]
+            for start, stop in lines
+        ]
+        if len(every) < 3:
+            every = [[span] for spans in every for span in spans]
+        said = [text[slice(*span)] for line in every[:1] for span in line]
         spans = [
-            (start + place, start + place + len(piece.strip()))
-            for start, stop in _lines(text)
-            for place, piece in _pieces(text[start:stop])
+            span
+            for line in every[1:-1]
+            for span in line
+            if text[slice(*span)] not in said
         ]
         gold = [
             span
@@ -691,7 +858,7 @@ def ruler(
 
 
 def _lines(text: str) -> Iterator[Span]:
-    for found in re.finditer(r"[^\n]+", text):
+    for found in re.finditer(r"[^\n]*\S[^\n]*", text):
         yield found.span()
 
 

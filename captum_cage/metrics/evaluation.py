@@ -51,7 +51,7 @@ from captum_cage.metrics.values import (
 from captum_cage.result import GraphAttributionResult
 from captum_cage.scoring import held
 from captum_cage.task import RowTask
-from captum_cage.text import Span, decode, special_ids
+from captum_cage.text import Span, decode, read_tokens, special_ids
 
 __all__ = [
     "Evaluation",
@@ -69,8 +69,8 @@ Axis: TypeAlias = Literal["units", "tokens"]
 
 VALUES = ("regenerated", "probability", "span", "response")
 AXES = ("units", "tokens")
-# Metrics of the deletion curve, which is kept then.
-_CURVES = ("deletion", "rise", "mas")
+# Metrics of a curve, which is kept then.
+_DRAWN = ("deletion", "rise", "mas", "insertion")
 RESULT = "result"
 RANDOM = "random"
 # Metrics of known truth: whether higher is better, and what gives it.
@@ -146,6 +146,7 @@ class Evaluation:
         reached_without (float): the same with none of them.
         curves (Mapping): deletion curve of each attribution and value that a metric of
             it was asked of, from all sources to none, shape ``(P + 1,)``.
+        insertions (Mapping): the same as the highest sources come, from none to all.
         places (Mapping): where the points of each attribution's curves stand.
         sequences (int): number of texts that the model was given or wrote.
         seed (int): of samples, ties, random sets and random orders.
@@ -158,6 +159,7 @@ class Evaluation:
     reached: float
     reached_without: float
     curves: Mapping[tuple[str, str], Array] = field(repr=False)
+    insertions: Mapping[tuple[str, str], Array] = field(repr=False)
     places: Mapping[str, Array] = field(repr=False)
     sequences: int
     seed: int
@@ -175,6 +177,51 @@ class Evaluation:
             return False  # they differ by rounding at most
         better = own > theirs if self.metrics[metric].higher_is_better else own < theirs
         return bool(better)
+
+    def curve(
+        self, kind: str, value: str = "regenerated", order: str = RESULT
+    ) -> Array:
+        """One curve over the sources of an attribution, the highest first.
+
+        ``"deletion"``: what is left as they go. ``"insertion"``: what is there as they
+        come. ``"necessity"``: what is lost without the ``k`` highest, the first less
+        the deletion curve. ``"sufficiency"``: what the ``k`` highest alone hold, the
+        insertion curve less its end.
+
+        Args:
+            kind (str): one of the four.
+            value (str, optional): which value. Default: ``"regenerated"``
+            order (str, optional): which attribution. Default: ``"result"``
+
+        Returns:
+            numpy.ndarray: shape ``(P + 1,)``; :attr:`places` says where its points
+            stand.
+
+        Raises:
+            ValueError: if no metric was asked for that needs it.
+
+        Source: DeYoung et al. (2020), arXiv:1911.03429; Chuang et al. (2025),
+        arXiv:2502.09604.
+        """
+        one_of("kind", kind, ("deletion", "insertion", "necessity", "sufficiency"))
+        going = kind in ("deletion", "necessity")
+        curves = self.curves if going else self.insertions
+        if (order, value) not in curves:
+            asked = "deletion" if going else "insertion"
+            raise ValueError(
+                complaint(
+                    "curve",
+                    "must be one that a metric needed",
+                    f"{kind!r} of {value!r} and {order!r} came",
+                    f"Evaluate '{value}: {asked}', too.",
+                )
+            )
+        found: Array = curves[order, value].copy()
+        if kind == "necessity":
+            found = found[0] - found
+        elif kind == "sufficiency":
+            found -= found[-1]
+        return found
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -230,8 +277,17 @@ class Evaluation:
                 for name, info in self.metrics.items()
             },
             "curves": [
-                {"order": order, "value": value, "values": curve.tolist()}
-                for (order, value), curve in self.curves.items()
+                {
+                    "order": order,
+                    "value": value,
+                    "kind": kind,
+                    "values": curve.tolist(),
+                }
+                for kind, found in (
+                    ("deletion", self.curves),
+                    ("insertion", self.insertions),
+                )
+                for (order, value), curve in found.items()
             ],
             "places": {name: at.tolist() for name, at in self.places.items()},
             "notes": list(self.notes),
@@ -272,7 +328,8 @@ class Evaluator:
         task (RowTask): the text and its units.
         explained (Sequence[int]): positions of the explained generated units.
         sources (Sequence[int], optional): positions of the sources that may be taken
-            away, among all of them; the others always stay. Default: all
+            away, among all of them; the others always stay. Default: all; those that a
+            result makes leave special tokens out, such as the one that begins a text
         statement (optional): what must come out again, see :class:`Statement`.
             Default: the explained text
         removal (str or MaskedRefill, optional): how sources are taken away:
@@ -299,6 +356,10 @@ class Evaluator:
             :func:`calibrate_metric` found for this model and removal. Default: what was
             found on the demo model's problems
         show_progress (bool, optional): show progress bars. Default: ``False``
+
+    Attributes:
+        told (tuple[str, ...]): texts of all sources, which those of a result that is
+            tested must be; None where they are not known.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
@@ -337,6 +398,7 @@ class Evaluator:
                 )
             )
         self._calibration = calibration
+        self.told: tuple[str, ...] | None = None
         if removal is None:
             removal = "delete" if task.reads_tokens else "baseline"
         self.task = task
@@ -389,16 +451,32 @@ class Evaluator:
     @cached_property
     def _statement(self) -> Statement:
         start, stop = self._turn()
-        pieces = [self._text(a, b) for a, b in self._spans if start <= a]
-        return Statement(self._predicate, self._text(start, stop), pieces)
+        whole = self._text(start, stop)
+        read = read_tokens(
+            self.task.generated[start:stop], self.task.llm_attr.tokenizer
+        )
+        pieces = []
+        for first, last in self._spans:
+            if first < start:
+                continue
+            # By place, as a token alone may be a part of a character.
+            places = [read.offsets[i - start] for i in self._visible(first, last)]
+            piece = read.text[places[0][0] : places[-1][1]] if places else ""
+            pieces.append(piece if piece in whole else self._text(first, last))
+        return Statement(self._predicate, whole, pieces)
+
+    def _visible(self, start: int, stop: int) -> range:
+        """Some generated tokens, without the marks at their end."""
+        special = special_ids(self.task.llm_attr.tokenizer)
+        while stop > start and self.task.generated[stop - 1] in special:
+            stop -= 1
+        return range(start, stop)
 
     def _text(self, start: int, stop: int) -> str:
         """Text of some generated tokens, without the marks at its end."""
-        tokenizer = self.task.llm_attr.tokenizer
-        special = special_ids(tokenizer)
-        while stop > start and self.task.generated[stop - 1] in special:
-            stop -= 1
-        return decode(self.task.generated[start:stop], tokenizer)
+        tokens = self._visible(start, stop)
+        ids = self.task.generated[tokens.start : tokens.stop]
+        return decode(ids, self.task.llm_attr.tokenizer)
 
     def _turn(self) -> tuple[int, int]:
         """The turn that holds the last explained token, in the generated ids."""
@@ -493,6 +571,7 @@ class Evaluator:
         """
         of_result = isinstance(tested, GraphAttributionResult)
         if isinstance(tested, GraphAttributionResult):
+            self._check_text(tested)
             tested = orders_of(tested)
         orders = {**tested, **(others or {})}
         _check_names(tested, others or {})
@@ -507,6 +586,7 @@ class Evaluator:
         self._refuse_early(infos, known)
         scores: dict[str, dict[str, Score]] = {name: {} for name in given}
         curves: dict[tuple[str, str], Array] = {}
+        insertions: dict[tuple[str, str], Array] = {}
         places: dict[str, Array] = {}
         chance: dict[str, Score] = {}
         with held(self.task.llm_attr):
@@ -519,12 +599,16 @@ class Evaluator:
                 if len(several) > 1:
                     error = float(np.std(several, ddof=1) / np.sqrt(len(several)))
                 chance[name] = Score(float(np.mean(several)), error)
-            drawn = [name for name in infos if name.split(": ")[-1] in _CURVES]
-            for order, own in given.items():
-                for value in dict.fromkeys(map(_value_of, drawn)):
-                    probe = self._probe(value, own)
-                    curves[order, value] = probe.deletion.mean(axis=1)
-                    places[order] = probe.places
+            for name in infos:
+                value, kind = _value_of(name), name.split(": ")[-1]
+                for order, own in given.items():
+                    probe = self._probe(value, own) if kind in _DRAWN else None
+                    if probe is not None and kind == "insertion":
+                        insertions[order, value] = probe.insertion.mean(axis=1)
+                    elif probe is not None:
+                        curves[order, value] = probe.deletion.mean(axis=1)
+                    if probe is not None:
+                        places[order] = probe.places
             reached, without = self._reached(infos)
         scores[RANDOM] = chance
         found = Evaluation(
@@ -535,6 +619,7 @@ class Evaluator:
             reached,
             without,
             curves,
+            insertions,
             places,
             self.sequences,
             self._sampling.seed,
@@ -542,6 +627,17 @@ class Evaluator:
         if reached <= without:
             warnings.warn(found.notes[0], stacklevel=2)
         return found
+
+    def _check_text(self, result: GraphAttributionResult) -> None:
+        if self.told is not None and tuple(result.input_tokens) != self.told:
+            raise ValueError(
+                complaint(
+                    "tested",
+                    "must explain the text that this evaluator was made for",
+                    "a result with other sources came",
+                    "Ask that result for its own: result.evaluate(...).",
+                )
+            )
 
     def _refuse_early(self, infos: Iterable[str], gold: list[int]) -> None:
         """Raise whatever the metrics would raise, before any model call."""
@@ -601,6 +697,15 @@ class Evaluator:
     def _gold(self, gold: Gold | None) -> list[int]:
         if gold is None:
             return []
+        if isinstance(gold, str) or not isinstance(gold, Iterable):
+            raise TypeError(
+                complaint(
+                    "gold",
+                    "must be positions of sources, or ranges of characters",
+                    f"{shown(gold)} came",
+                    "Pass a list, such as [0, 2].",
+                )
+            )
         count = self._remover.n_sources
         remedy = f"There are {count} sources."
         places: set[int] = set()
@@ -773,6 +878,15 @@ def metric_info(
 def _candidates(sources: Sequence[int] | None, count: int) -> npt.NDArray[np.int64]:
     if sources is None:
         return np.arange(count)
+    if isinstance(sources, str) or not isinstance(sources, Iterable):
+        raise TypeError(
+            complaint(
+                "sources",
+                "must be positions of sources",
+                f"{shown(sources)} came",
+                "Pass a list of positions among the result's input_tokens.",
+            )
+        )
     remedy = f"There are {count} sources."
     places = [
         whole_number("sources", source, stop=count, remedy=remedy) for source in sources

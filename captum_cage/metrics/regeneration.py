@@ -192,11 +192,12 @@ class Regenerator:
         self._task = remover.task
         self._llm_attr = remover.task.llm_attr
         self._sampling = sampling
-        self._gen_args = dict(gen_args or {})
+        self._gen_args: dict[str, Any] = {}
         self._show = show_progress
         self._remote = family(self._llm_attr) == "remote"
         device = torch.device(getattr(self._llm_attr, "device", None) or "cpu")
         kind = device.type if device.type in _TOGETHER else "cuda"
+        self._check(gen_args)
         self._most = batch_size or _TOGETHER[kind]
         if any(name in self._gen_args for name in _ALONE):
             self._most = 1
@@ -204,7 +205,6 @@ class Regenerator:
         self._kept: dict[bytes, tuple[Written, ...]] = {}
         self.sequences = 0
         self._pads: bool | None = None  # not known yet
-        self._check()
         written = remover.written
         edges = np.flatnonzero(np.diff(written, prepend=False, append=False))
         turns = edges.reshape(-1, 2)
@@ -215,7 +215,29 @@ class Regenerator:
         self._turns = [self._without_end(int(a), int(b)) for a, b in turns[:asked]]
         self._ends = [self._ends_of(stop) for _, stop in self._turns]
 
-    def _check(self) -> None:
+    def _check(self, given: Any) -> None:
+        if given is not None and not isinstance(given, Mapping):
+            raise TypeError(
+                complaint(
+                    "gen_args",
+                    "must be a mapping of arguments of the model's generate",
+                    f"{shown(given)} came",
+                    'Pass {"max_new_tokens": 200}, for example.',
+                )
+            )
+        # Captum's own default asks for what is done anyway.
+        self._gen_args = {
+            name: value
+            for name, value in dict(given or {}).items()
+            if value is not None and not (name == "do_sample" and value is False)
+        }
+        if "max_new_tokens" in self._gen_args:
+            whole_number(
+                "gen_args['max_new_tokens']",
+                self._gen_args["max_new_tokens"],
+                minimum=1,
+                remedy="Leave it out for twice the length of the text.",
+            )
         refused = [name for name in _REFUSED if name in self._gen_args]
         if refused:
             raise ValueError(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from captum_cage._captum import family
@@ -32,6 +33,9 @@ _LAYER = re.compile(r"\.(\d+)\.")
 # Agreement with the attribution of the trained model above which one of a model without
 # any trained weight counts as the same.
 _SAME = 0.5
+# Chance of so much agreement of random ranks, above which nothing is to be concluded.
+_CHANCE = 0.05
+_SEEDS = "Pass a whole number below 2**32, which NumPy takes."
 
 
 @dataclass(frozen=True)
@@ -44,24 +48,34 @@ class Randomization:
             trained model over the seeds, one per stage; NaN where only one of the two
             is the same for all sources, 1 where both are.
         seeds (int): number of seeds.
+        chance (float): how often random rankings of as many sources agree at least as
+            much as those with all weights shuffled do, either way round.
     """
 
     stages: tuple[str, ...]
     agreement: tuple[float, ...]
     seeds: int
+    chance: float
 
     @property
     def depends_on_model(self) -> bool:
-        """Whether the attribution changes once all weights are shuffled.
+        """Whether nothing shows that it stays once all weights are shuffled.
 
-        It does unless its absolute rank correlation with that of the trained model is
-        one half or more.
+        It is shown by an absolute rank correlation with the trained model's attribution
+        of one half or more, which random rankings have in less than one case of twenty.
         """
-        return not abs(self.agreement[-1]) >= _SAME
+        stays = abs(self.agreement[-1]) >= _SAME
+        return not (stays and self.chance < _CHANCE)
 
     def __str__(self) -> str:
         verdict = "changes" if self.depends_on_model else "does not change"
         lines = [f"The attribution {verdict} when the model's weights are shuffled."]
+        if abs(self.agreement[-1]) >= _SAME and self.depends_on_model:
+            lines = [
+                "The attribution agrees with that of the shuffled model, but random "
+                f"rankings of so few sources do so in {self.chance:.0%} of cases. "
+                "Explain by smaller units, or pass more seeds."
+            ]
         lines += [
             f"{stage}: {found:.3f}"
             for stage, found in zip(self.stages, self.agreement, strict=True)
@@ -126,7 +140,7 @@ def randomized(
 
 
 def parameter_randomization(
-    result: GraphAttributionResult, *, seeds: int = 1, cascade: bool = True
+    result: GraphAttributionResult, *, seeds: int = 3, cascade: bool = True
 ) -> Randomization:
     """Whether the result would be the same of a model that knows nothing.
 
@@ -136,7 +150,7 @@ def parameter_randomization(
 
     Args:
         result (GraphAttributionResult): what was attributed.
-        seeds (int, optional): number of shufflings. Default: ``1``
+        seeds (int, optional): number of shufflings. Default: ``3``
         cascade (bool, optional): measure after each layer; else once, all weights
             shuffled. Default: ``True``
 
@@ -173,8 +187,26 @@ def parameter_randomization(
     means = np.where(valid, found, 0.0).sum(axis=0) / np.maximum(valid.sum(axis=0), 1)
     means = np.where(valid.any(axis=0), means, np.nan)
     return Randomization(
-        tuple(name for name, _ in groups), tuple(means.tolist()), count
+        tuple(name for name, _ in groups),
+        tuple(means.tolist()),
+        count,
+        _chance(own, float(means[-1]), count),
     )
+
+
+def _chance(own: Array, found: float, seeds: int, draws: int = 2000) -> float:
+    """How often random rankings agree as much with some scores, in the mean."""
+    if np.isnan(found):
+        return 1.0
+    if np.ptp(own) == 0.0:
+        return 0.0  # what is the same for all sources says nothing of any model
+    rng = np.random.default_rng(0)
+    ranks = rankdata(own)
+    ranks = (ranks - ranks.mean()) / ranks.std()
+    plain = np.arange(own.size) - (own.size - 1) / 2
+    random = rng.permuted(np.tile(plain / plain.std(), (draws * seeds, 1)), axis=1)
+    means = (random @ ranks / own.size).reshape(draws, seeds).mean(axis=1)
+    return float((np.abs(means) >= abs(found) - 1e-9).mean())
 
 
 def _likeness(one: Array, other: Array) -> float:
@@ -196,7 +228,7 @@ def reproducibility(result: GraphAttributionResult, *, seed: int = 0) -> float:
     Raises:
         ValueError: if the result was loaded.
     """
-    number = whole_number("seed", seed, remedy="Pass a whole number.")
+    number = whole_number("seed", seed, stop=2**32, remedy=_SEEDS)
     found = []
     with _own_random_states():
         for _ in range(2):
@@ -235,7 +267,7 @@ def sensitivity(
     Source: Yeh et al. (2019), arXiv:1901.09392.
     """
     count = whole_number("samples", samples, minimum=1, remedy="Pass 1 or more.")
-    number = whole_number("seed", seed, remedy="Pass a whole number.")
+    number = whole_number("seed", seed, stop=2**32, remedy=_SEEDS)
     is_number = isinstance(radius, int | float) and not isinstance(radius, bool)
     if not is_number or not 0.0 < radius < float("inf"):
         raise ValueError(

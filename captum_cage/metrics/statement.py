@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
-import numpy as np
-
 from captum_cage._checks import complaint, shown
 
 __all__ = ["Predicate", "Statement", "whole"]
@@ -46,6 +44,7 @@ class Statement:
     ) -> None:
         self._wanted: Any = None
         self._inside: frozenset[str] = frozenset()
+        self._joined = False
         self._pieces: tuple[str, ...] = ()
         if predicate is None:
             self._pieces = tuple(piece.strip() for piece in explained if piece.strip())
@@ -54,6 +53,8 @@ class Statement:
             self._reached = self._has_pieces
         elif isinstance(predicate, str):
             self._pieces = (predicate,) if predicate.strip() else ()
+            # Where words are not set apart, as in Chinese or in "18kg".
+            self._joined = not all(_occurs(piece, text) for piece in self._pieces)
             self._reached = self._has_pieces
         elif isinstance(predicate, re.Pattern):
             self._pattern = predicate
@@ -61,7 +62,7 @@ class Statement:
             self._reached = self._matches
         elif callable(predicate):
             self._function = predicate
-            self._wanted = predicate(text)
+            self._wanted = _plain(predicate(text))
             self._reached = self._agrees
         else:
             raise TypeError(
@@ -73,12 +74,22 @@ class Statement:
                 )
             )
         self.description = _described(predicate, self._pieces)
+        if predicate is None and not self._pieces:
+            raise ValueError(
+                complaint(
+                    "statement",
+                    "must be something that can come out again",
+                    "what is explained is white space or special tokens alone",
+                    "Pass statement=, or ask for metrics of the text as it stands, "
+                    "such as 'span: deletion'.",
+                )
+            )
         if not self(text) > 0.0:
             raise ValueError(
                 complaint(
                     "statement",
                     "must hold of the text that is explained",
-                    f"{self.description} does not. It reads {text[:80]!r}",
+                    f"{self.description} does not. It ends with {text[-160:]!r}",
                     "Pass what that text says.",
                 )
             )
@@ -91,7 +102,9 @@ class Statement:
         return float(
             bool(self._pieces)
             and all(
-                piece in text if piece in self._inside else _occurs(piece, text)
+                piece in text
+                if piece in self._inside
+                else _occurs(piece, text, joined=self._joined)
                 for piece in self._pieces
             )
         )
@@ -107,10 +120,10 @@ class Statement:
         return float(found is not None and found == self._wanted)
 
     def _agrees(self, text: str) -> float:
-        found = self._function(text)
-        if isinstance(found, bool | np.bool_):
+        found = _plain(self._function(text))
+        if isinstance(found, bool):
             return float(found)
-        if isinstance(found, float | np.floating):
+        if isinstance(found, float):
             if not 0.0 <= found <= 1.0:
                 raise ValueError(
                     complaint(
@@ -124,24 +137,35 @@ class Statement:
         return float(found is not None and found == self._wanted)
 
 
-def whole(piece: str) -> re.Pattern[str]:
-    """Finds a text as it is, not as a part of a longer word or number."""
-    start = r"(?<!\w)" if piece[:1].isalnum() else ""
-    stop = r"(?!\w)" if piece[-1:].isalnum() else ""
+def _plain(found: Any) -> Any:
+    """A Python value for an array or a tensor without dimensions."""
+    return found.item() if getattr(found, "ndim", None) == 0 else found
+
+
+def whole(piece: str, *, joined: bool = False) -> re.Pattern[str]:
+    """Finds a text as it is, not as a part of a longer word, number or fraction.
+
+    Args:
+        piece (str): the text.
+        joined (bool, optional): it may be a part of a longer word. Default: ``False``
+    """
+    start = r"(?<!\w)" if piece[:1].isalnum() and not joined else ""
+    stop = r"(?!\w)" if piece[-1:].isalnum() and not joined else ""
     if piece[:1].isdigit():
-        start += r"(?<!\d[.,])"
+        start += r"(?<!\d)"
+        start += r"(?<!\d[.,/])(?<![-\u2212])"
     if re.search(r"\d[.,]?$", piece):  # "is 7." does not occur in "is 7.5"
-        stop += r"(?![.,]?\d)"
+        stop += r"(?![.,/]?\d)"
     return re.compile(start + re.escape(piece) + stop)
 
 
-def _occurs(piece: str, text: str) -> bool:
-    return whole(piece).search(text) is not None
+def _occurs(piece: str, text: str, *, joined: bool = False) -> bool:
+    return whole(piece, joined=joined).search(text) is not None
 
 
 def _described(predicate: Predicate | None, pieces: Sequence[str]) -> str:
     if isinstance(predicate, re.Pattern):
-        return f"the pattern {predicate.pattern!r}"
+        return f"the pattern /{predicate.pattern}/"
     if callable(predicate):
         name = getattr(predicate, "__name__", type(predicate).__name__)
         return f"the function {name}"

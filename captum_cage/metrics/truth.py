@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +31,13 @@ COVERAGE: dict[str, tuple[float, float]] = {
     "coverage, above share": (1.0, np.inf),
 }
 """Bounds of a covered gold unit's share, in parts of ``1 / number of gold units``."""
+
+
+@runtime_checkable
+class Result(Protocol):
+    """An attribution result of Captum's or ours."""
+
+    seq_attr: Any
 
 
 def auroc(scores: ArrayLike, gold: Sequence[int]) -> float:
@@ -158,13 +166,16 @@ def coverage(
 
 
 def agreement(
-    one: ArrayLike, other: ArrayLike, measure: str = "spearman", k: int = 5
+    one: ArrayLike | Result,
+    other: ArrayLike | Result,
+    measure: str = "spearman",
+    k: int = 5,
 ) -> float:
     """How alike two results rank the same units.
 
     Args:
-        one: scores of each unit, shape ``(n,)``.
-        other: scores of the same units.
+        one: scores of each unit, shape ``(n,)``, or a result: its ``seq_attr``.
+        other: of the same units.
         measure: ``"spearman"``, ``"kendall"`` (tau-b), or ``"overlap"``: the share of
             the ``k`` highest that both have.
         k: for ``"overlap"``.
@@ -180,7 +191,10 @@ def agreement(
         1.0
     """
     one_of("measure", measure, MEASURES)
-    first, second = real_array("one", one), real_array("other", other)
+    first, second = (
+        real_array(name, given.seq_attr if isinstance(given, Result) else given)
+        for name, given in (("one", one), ("other", other))
+    )
     if first.shape != second.shape or first.ndim != 1:
         raise ValueError(
             complaint(

@@ -128,8 +128,8 @@ class Probability(Value):
     """Probability of the explained text after what was written again before it.
 
     Of each text written again, what stands before the explained text is kept: up to
-    where that text occurs, or else as many sentences as stood before it. The last
-    explained stretch is scored.
+    where that text occurs, or else as many sentences as stood before it, and no more
+    than the model's context has room for. The last explained stretch is scored.
 
     Args:
         regenerator (Regenerator): writes texts.
@@ -182,8 +182,17 @@ class Probability(Value):
         place = len(text.text[:place].rstrip())
         return sum(1 for _, stop in text.offsets if stop <= place)
 
+    def _before(self, draft: Written) -> list[int]:
+        """Tokens that stay before the explained text."""
+        count = self._cut(draft.turn)
+        context = context_length(self._llm_attr.model)
+        if context is not None:
+            room = context - len(draft.before) - len(self._target)
+            count = max(min(count, room), 0)
+        return [*draft.before, *draft.turn[:count]]
+
     def _scored(self, draft: Written) -> Scored:
-        ids = [*draft.before, *draft.turn[: self._cut(draft.turn)]]
+        ids = self._before(draft)
         places = np.arange(len(ids), len(ids) + len(self._target))
         ids += self._target
         hidden = np.zeros(len(ids), dtype=bool)
@@ -191,7 +200,7 @@ class Probability(Value):
         return Scored(ids, hidden, places)
 
     def _after(self, draft: Written) -> Array:
-        later = [*draft.before, *draft.turn[: self._cut(draft.turn)]]
+        later = self._before(draft)
         ids = [*later, *self._target]
         return scores_after(self._llm_attr, draft.model_input, ids)[len(later) :]
 
