@@ -6,7 +6,7 @@ The form is "where: what must hold, but what came. What to do."
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ __all__ = [
     "finite_vector",
     "one_of",
     "real_array",
+    "share_to_keep",
     "shown",
     "whole_number",
 ]
@@ -110,6 +111,31 @@ def whole_number(
         )
         raise ValueError(complaint(where, allowed, f"{number} came", remedy))
     return number
+
+
+def share_to_keep(where: str, value: object, *, remedy: str) -> float:
+    """The value as a ``float``, if it is a number in ``(0, 1]``.
+
+    Args:
+        where: the argument, as the user wrote it.
+        value: what came.
+        remedy: what to do, as a whole sentence.
+
+    Raises:
+        TypeError: if it is not a number.
+        ValueError: if it is out of range.
+
+    Example:
+        >>> share_to_keep("keep", 1, remedy="Pass 0.9.")
+        1.0
+    """
+    must = "must be above 0 and at most 1"
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(complaint(where, must, f"{shown(value)} came", remedy))
+    share = float(value)
+    if not 0.0 < share <= 1.0:
+        raise ValueError(complaint(where, must, f"{share} came", remedy))
+    return share
 
 
 def real_array(where: str, value: Any) -> NDArray[np.float64]:

@@ -38,6 +38,7 @@ from captum_cage.attribution import GraphContextAttribution
 from captum_cage.demo import load_demo, sample_problems
 from captum_cage.demo.problems import KINDS
 from captum_cage.engines.registry import engine_names
+from captum_cage.export import SUFFIXES, checked_suffix
 from captum_cage.foils import Alternative
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
 from captum_cage.interventions import PathCheck
@@ -296,6 +297,17 @@ SaveOption = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+ExportOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--export",
+        show_default=False,
+        metavar="FILE",
+        help="Write it for other programs too, as the end of the name says: "
+        f"{', '.join(SUFFIXES)}. May be given again.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 QuietOption = Annotated[
     bool,
     typer.Option(
@@ -342,11 +354,15 @@ class _Output:
     save_file: Path | None
     quiet: bool
     no_progress: bool = False
+    export_files: Sequence[Path] = ()
 
     def __post_init__(self) -> None:
         """Refuse files that could not be written, before anything is computed."""
         _check_writable("--json", self.json_file)
         _check_writable("--save", self.save_file)
+        for path in self.export_files:
+            checked_suffix(path, "--export")
+            _check_writable("--export", path)
 
     @property
     def shows_progress(self) -> bool:
@@ -359,9 +375,11 @@ class _Output:
             _say(text)
 
     def save(self, result: GraphAttributionResult) -> None:
-        """Write the file that ``show`` reads, if one is asked for."""
+        """Write the files that are asked for by their names."""
         if self.save_file is not None:
             result.save(self.save_file)
+        for path in self.export_files:
+            result.export(path)
 
     def write(
         self,
@@ -462,11 +480,14 @@ def demo(
     width: WidthOption = None,
     json_file: JsonOption = None,
     save: SaveOption = None,
+    export: ExportOption = None,
     quiet: QuietOption = False,
     no_progress: NoProgressOption = False,
 ) -> None:
     """Let a small model solve a word problem, and explain its last answer."""
-    output = _Output(top, paths, width, json_file, save, quiet, no_progress)
+    output = _Output(
+        top, paths, width, json_file, save, quiet, no_progress, export or ()
+    )
     problem = sample_problems(1, seed, kind.value)[0]
     model, tokenizer = load_demo()
     start = time.perf_counter()
@@ -786,11 +807,14 @@ def explain(
     width: WidthOption = None,
     json_file: JsonOption = None,
     save: SaveOption = None,
+    export: ExportOption = None,
     quiet: QuietOption = False,
     no_progress: NoProgressOption = False,
 ) -> None:
     """Explain what a language model generates, or a text that you give."""
-    output = _Output(top, paths, width, json_file, save, quiet, no_progress)
+    output = _Output(
+        top, paths, width, json_file, save, quiet, no_progress, export or ()
+    )
     refills = removal is _Removal.masked_lm
     base, declared = _chosen_method(method, masked_lm, refills)
     options, kwargs = _counts(base, declared, samples, steps)
@@ -1285,7 +1309,8 @@ def _declaration(method: type[Any], declared: Capability) -> dict[str, Any]:
     epilog=(
         "Examples:\n\n"
         "captum-cage show result.npz\n\n"
-        "captum-cage show result.npz --explain 'so she sells 9' --paths 10"
+        "captum-cage show result.npz --explain 'so she sells 9' --paths 10\n\n"
+        "captum-cage show result.npz --export graph.graphml --export table.csv"
     )
 )
 def show(
@@ -1299,10 +1324,13 @@ def show(
     width: WidthOption = None,
     json_file: JsonOption = None,
     save: SaveOption = None,
+    export: ExportOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Show a saved result, or explain another span of it, without the model."""
-    output = _Output(top, paths, width, json_file, save, quiet)
+    output = _Output(
+        top, paths, width, json_file, save, quiet, export_files=export or ()
+    )
     span = _question(explain, part)
     result = GraphAttributionResult.load(file)
     output.write(result if span is None else result.explaining(span))

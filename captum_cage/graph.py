@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain, count, pairwise, repeat
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -22,6 +22,7 @@ from captum_cage._checks import (
     finite_vector,
     one_of,
     real_array,
+    share_to_keep,
     shown,
     whole_number,
 )
@@ -741,6 +742,64 @@ class AttributionGraph:
             open_mass += np.abs(flow.first) @ self.left_out[self.behind.steps]
         return float(open_mass + np.abs(flow.left).sum())
 
+    def flow(self, weights: ArrayLike, *, hops: int | None = None) -> csr_array:
+        """Mass that goes from each generated unit to each unit before it.
+
+        An edge's share times the mass that passes through its generated unit. What
+        comes to a source makes `explain` (or the ``attr`` of `hops`), and what comes to
+        a generated unit, with its own weight, `throughput`.
+
+        Args:
+            weights: as for `explain`.
+            hops: as for `throughput`.
+
+        Returns:
+            CSR array of shape ``(G, N)``, float64.
+
+        Raises:
+            TypeError: as for `throughput`.
+            ValueError: as for `throughput`.
+
+        Example:
+            >>> graph = AttributionGraph.from_rows([[1, 1, 0, 0], [0, 1, 3, 0]], 2)
+            >>> graph.flow([0, 1]).toarray().tolist()
+            [[0.375, 0.375, 0.0, 0.0], [0.0, 0.25, 0.75, 0.0]]
+        """
+        ending = self._followed(weights, hops)
+        number = _cut_after(hops)
+        passing: _Flow | None = ending
+        if number is not None:
+            # What comes to a generated unit by the last pass goes to sources only.
+            passing = self._followed(weights, number - 1) if number else None
+        blocks = self._blocks
+        parts = [
+            (ending, blocks.to_sources, blocks.first_to_sources, self.source_units)
+        ]
+        if passing is not None:
+            parts.append(
+                (
+                    passing,
+                    blocks.to_generated,
+                    blocks.first_to_generated,
+                    self.generated_units,
+                )
+            )
+        values, rows, columns = [], [], []
+        for flow, behind, first, units in parts:
+            for mass, block, steps in (
+                (flow.through, behind, np.arange(self.n_generated)),
+                (flow.first, first, blocks.steps),
+            ):
+                row = _row_of(block)
+                values.append(block.data * mass[row])
+                rows.append(steps[row])
+                columns.append(units[block.indices])
+        entries = np.concatenate(values), tuple(map(np.concatenate, (rows, columns)))
+        found = csr_array(entries, shape=(self.n_generated, self.n_units))
+        found.sum_duplicates()
+        found.eliminate_zeros()
+        return found
+
     def sparsified(self, share: float) -> AttributionGraph:
         """The graph with the fewest entries that hold a share of each row's mass.
 
@@ -1429,13 +1488,7 @@ def _chosen_units(units: Any, n_units: int) -> NDArray[np.bool_]:
 
 def _cut_share(where: str, value: Any) -> float:
     """A share of a row's mass that is to stay."""
-    must, remedy = "must be above 0 and at most 1", "Pass 0.99 to keep 99% of each row."
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(complaint(where, must, f"{shown(value)} came", remedy))
-    share = float(value)
-    if not 0.0 < share <= 1.0:
-        raise ValueError(complaint(where, must, f"{share} came", remedy))
-    return share
+    return share_to_keep(where, value, remedy="Pass 0.99 to keep 99% of each row.")
 
 
 _KEPT = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +18,7 @@ from scipy.sparse import csr_array, issparse
 from torch import Tensor
 
 from captum_cage._checks import complaint, whole_number
+from captum_cage.archive import Arrays, not_a_result, read, replacing, write
 from captum_cage.draws import DrawnRows
 from captum_cage.foils import Foil
 from captum_cage.graph import AttributionGraph, Parts, RowsBehind
@@ -694,8 +694,103 @@ class GraphAttributionResult(LLMAttributionResult):
         )
         return sources, steps
 
+    def plot_graph(self, ax: Any = None, **options: Any) -> Any:
+        """The units in reading order, and arcs by which their mass flows.
+
+        See :func:`captum_cage.plot.plot_graph` for the options.
+        """
+        from captum_cage import plot  # noqa: PLC0415
+
+        return plot.plot_graph(self, ax, **options)
+
+    def plot_heatmap(self, ax: Any = None, **options: Any) -> Any:
+        """What each generated unit owes to each source, as a map of colours.
+
+        See :func:`captum_cage.plot.plot_heatmap` for the options.
+        """
+        from captum_cage import plot  # noqa: PLC0415
+
+        return plot.plot_heatmap(self, ax, **options)
+
+    def plot_sources(self, ax: Any = None, **options: Any) -> Any:
+        """The heaviest sources as bars: one step back against along all paths.
+
+        See :func:`captum_cage.plot.plot_sources` for the options.
+        """
+        from captum_cage import plot  # noqa: PLC0415
+
+        return plot.plot_sources(self, ax, **options)
+
+    def plot_hops(self, ax: Any = None, **options: Any) -> Any:
+        """What has come to the sources after each number of steps.
+
+        See :func:`captum_cage.plot.plot_hops` for the options.
+        """
+        from captum_cage import plot  # noqa: PLC0415
+
+        return plot.plot_hops(self, ax, **options)
+
+    def plot_token_attr(self, show: bool = False) -> Any:
+        """Captum's plot of all generated tokens, of bounded size.
+
+        See :func:`captum_cage.plot.plot_token_attr`.
+        """
+        from captum_cage import plot  # noqa: PLC0415
+
+        return plot.plot_token_attr(self, show)
+
+    def plot_seq_attr(self, show: bool = False) -> Any:
+        """Captum's plot of the scores of all sources, of bounded size.
+
+        See :func:`captum_cage.plot.plot_seq_attr`.
+        """
+        from captum_cage import plot  # noqa: PLC0415
+
+        return plot.plot_seq_attr(self, show)
+
+    def to_frame(self) -> Any:
+        """A pandas data frame: a row for each explained unit and each source.
+
+        See :func:`captum_cage.export.to_columns` for its columns. One-way.
+
+        Raises:
+            ImportError: without pandas.
+        """
+        from captum_cage import export  # noqa: PLC0415
+
+        return export.to_frame(self)
+
+    def to_networkx(self, *, keep: float = 1.0) -> Any:
+        """The graph as a ``networkx.DiGraph``, with texts, places, shares and flow.
+
+        See :func:`captum_cage.export.to_networkx`.
+        """
+        from captum_cage import export  # noqa: PLC0415
+
+        return export.to_networkx(self, keep=keep)
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write it in the form that the end of the file's name asks for.
+
+        ``.json``, ``.npz`` and ``.safetensors``, which :meth:`load` reads; ``.graphml``
+        for its graph; ``.csv`` and ``.dot``, one-way. See
+        :func:`captum_cage.export.export`.
+
+        Args:
+            path (str or PathLike): the file; an existing one is replaced.
+
+        Raises:
+            ValueError: if it ends in anything else.
+        """
+        from captum_cage import export  # noqa: PLC0415
+
+        export.export(self, path)
+
     def to_dict(self) -> dict[str, Any]:
-        """Everything in it as JSON values, scores included."""
+        """Everything in it as JSON values, scores included.
+
+        What :meth:`to_json` writes, and :meth:`load` reads.
+        """
         return {
             **self._header(),
             "output_probs": None
@@ -716,6 +811,7 @@ class GraphAttributionResult(LLMAttributionResult):
                 for path in self.paths(10)
             ],
             "rows": _dense(self.graph.rows).tolist(),
+            "rows_sparse": issparse(self.graph.rows),
             "behind": None
             if self.graph.behind is None
             else {
@@ -724,6 +820,13 @@ class GraphAttributionResult(LLMAttributionResult):
                 "kept": self.graph.behind.kept.tolist(),
             },
             "draws": 1 if self.drawn is None else len(self.drawn.rows),
+            "drawn": None
+            if self.drawn is None
+            else {
+                "rows": self.drawn.rows.tolist(),
+                "steps": self.drawn.steps.tolist(),
+                "behind": self.drawn.behind.tolist(),
+            },
         }
 
     def _header(self) -> dict[str, Any]:
@@ -757,19 +860,40 @@ class GraphAttributionResult(LLMAttributionResult):
             ],
         }
 
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str | None:
+        """The result as JSON, which :meth:`load` reads.
+
+        It holds the scores too, for readers other than this package; ``load`` computes
+        them again from the rows. All numbers are exact.
+
+        Args:
+            path (str or PathLike, optional): the file; an existing one is replaced.
+                Default: ``None``, no file
+
+        Returns:
+            str or None: the text in ASCII, if there is no file.
+        """
+        text = json.dumps(self.to_dict(), allow_nan=False)
+        if path is None:
+            return text
+        with replacing(path) as partial:
+            partial.write_text(text + "\n", encoding="ascii")
+        return None
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to one file, which loads without the model.
 
-        The file is a NumPy archive of plain arrays and JSON, with no pickle. It is
+        A NumPy archive of plain arrays and JSON; a name that ends in ``.safetensors``
+        or ``.json`` gets that form. There is no pickle in any of them. The file is
         written beside its place first, so that an interrupt leaves no half file.
 
         Args:
             path (str or PathLike): the file; an existing one is replaced.
         """
+        if FilePath(path).suffix.lower() == ".json":
+            self.to_json(path)
+            return
         arrays: dict[str, Any] = {
-            "header": np.frombuffer(
-                json.dumps(self._header()).encode("ascii"), dtype=np.uint8
-            ),
             "sources": self.graph.sources,
             "kept": self.graph.kept,
             "rows_sparse": np.array(issparse(self.graph.rows)),
@@ -787,18 +911,11 @@ class GraphAttributionResult(LLMAttributionResult):
                 "drawn_steps": self.drawn.steps,
                 "drawn_behind": self.drawn.behind,
             }
-        target = FilePath(path)
-        partial = target.with_name(target.name + ".partial")
-        try:
-            with partial.open("wb") as file:
-                np.savez_compressed(file, **arrays)
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        write(path, self._header(), arrays)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GraphAttributionResult:
-        """Read a result that was saved.
+        """Read a result that was saved, in whichever form.
 
         Args:
             path (str or PathLike): the file.
@@ -810,17 +927,10 @@ class GraphAttributionResult(LLMAttributionResult):
             OSError: if the file cannot be read.
             ValueError: if it is no saved result, or of an unknown version.
         """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            header = json.loads(arrays["header"].tobytes())
-            version = header["version"] if header["format"] == FORMAT else None
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError) as error:
-            raise _not_a_result(path) from error
-        except zipfile.BadZipFile as error:
-            raise _not_a_result(path) from error
-        if version is None:
-            raise _not_a_result(path)
+        header, found = read(path)
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise not_a_result(path)
+        version = header.get("version")
         if version not in _READABLE:
             readable = " or ".join(map(str, _READABLE))
             raise ValueError(
@@ -832,7 +942,10 @@ class GraphAttributionResult(LLMAttributionResult):
                 )
             )
         try:
+            arrays = _arrays_of(header) if found is None else found
             rows = _csr_of("rows", arrays)
+            if rows.shape[1:] != arrays["sources"].shape:
+                raise not_a_result(path)  # before anything of that size is made
             behind = None
             if "behind_steps" in arrays:
                 behind = RowsBehind(
@@ -876,7 +989,7 @@ class GraphAttributionResult(LLMAttributionResult):
                 for unit in header["units"]
             ]
             if [not unit.generated for unit in units] != graph.sources.tolist():
-                raise _not_a_result(path)
+                raise not_a_result(path)
             explained = [
                 whole_number("explained", step, stop=graph.n_generated, remedy="")
                 for step in header["explained"]
@@ -911,9 +1024,10 @@ class GraphAttributionResult(LLMAttributionResult):
             TypeError,
             AttributeError,
             IndexError,
+            ArithmeticError,
             AssertionError,  # of Captum's result, where a shape does not fit
         ) as error:
-            raise _not_a_result(path) from error
+            raise not_a_result(path) from error
 
 
 def _grouped(
@@ -961,6 +1075,35 @@ def _csr_arrays(name: str, rows: csr_array) -> dict[str, Any]:
     return {**arrays, f"{name}_shape": np.array(rows.shape)}
 
 
+def _arrays_of(record: Mapping[str, Any]) -> Arrays:
+    """The arrays of a result that was written as JSON, as they are in other files."""
+    sources = np.array([not unit["generated"] for unit in record["units"]], dtype=bool)
+    rows = _numbers(record["rows"])
+    kept = record["kept"]
+    arrays = {
+        "sources": sources,
+        "kept": np.ones(len(rows)) if kept is None else _numbers(kept),
+        "rows_sparse": np.array(bool(record.get("rows_sparse", False))),
+        **_csr_arrays("rows", csr_array(rows)),
+    }
+    if record["output_probs"] is not None:
+        arrays["output_probs"] = _numbers(record["output_probs"])
+    if (behind := record.get("behind")) is not None:
+        arrays |= _csr_arrays("behind", csr_array(_numbers(behind["rows"])))
+        arrays["behind_steps"] = np.array(behind["steps"], dtype=np.int64)
+        arrays["behind_kept"] = _numbers(behind["kept"])
+    if (drawn := record.get("drawn")) is not None:
+        arrays["drawn_rows"] = _numbers(drawn["rows"])
+        arrays["drawn_steps"] = np.array(drawn["steps"], dtype=np.int64)
+        count = len(arrays["drawn_rows"]), len(drawn["steps"]), len(sources)
+        arrays["drawn_behind"] = _numbers(drawn["behind"]).reshape(count)
+    return arrays
+
+
+def _numbers(values: Any) -> npt.NDArray[np.float64]:
+    return np.array(values, dtype=np.float64)
+
+
 def _csr_of(name: str, arrays: Mapping[str, Any]) -> csr_array:
     """A sparse matrix from its arrays; raises where they are none."""
     parts = tuple(arrays[f"{name}_{part}"] for part in _CSR)
@@ -976,10 +1119,3 @@ def _span(value: Any) -> Span | None:
 def _pair(value: Any) -> Span:
     start, stop = value
     return int(start), int(stop)
-
-
-def _not_a_result(path: str | os.PathLike[str]) -> ValueError:
-    return ValueError(
-        f"{os.fspath(path)}: must be a result saved by GraphAttributionResult.save, "
-        "but it is not one, or it is damaged. Save it again."
-    )

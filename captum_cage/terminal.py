@@ -7,7 +7,6 @@ terminal without colour shows the same.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,9 +20,10 @@ from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderR
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
+from rich.tree import Tree
 
 from captum_cage.result import GraphAttributionResult, TextPath
-from captum_cage.text import Span
+from captum_cage.text import Span, harmless
 from captum_cage.thinking import Part
 from captum_cage.units import Unit
 
@@ -57,38 +57,9 @@ _LISTED = 0.0005  # sources that would read 0.0% are not listed
 _WHOLE_TEXT = 1_600  # characters; longer texts are shown in parts
 _AROUND = 60  # characters that are kept around what matters
 _SHORT_UNIT = 12  # characters; the table shows such units with the words around them
-_LONGEST_PATH = 8  # units; longer paths are shown without their middle
+_LONGEST_PATH = 8  # units; longer paths lose their middle, on narrow terminals more
 _LONGEST_BAR = 16  # cells
 _RESAMPLES = 200  # for intervals
-
-# White space as it stands, and the joiners that scripts and emoji are written with.
-_LAYOUT = "\n\t"
-_JOINERS = "\u200c\u200d"
-
-
-def harmless(text: str, *, one_line: bool = False) -> str:
-    r"""A text in which no character can steer the terminal.
-
-    Control and format characters, bidirectional ones among them, and lone surrogates
-    are written as Python escapes. Newlines and tabs stay.
-
-    Args:
-        text (str): any text.
-        one_line (bool, optional): escape newlines and tabs too. Default: ``False``
-
-    Example:
-        >>> print(harmless("\x1b[31mred\r\n[bold]"))
-        \x1b[31mred
-        [bold]
-    """
-    kept = _JOINERS if one_line else _LAYOUT + _JOINERS
-    return "".join(
-        character
-        if character in kept
-        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else character.encode("unicode_escape").decode("ascii")
-        for character in (text if one_line else text.replace("\r\n", "\n"))
-    )
 
 
 @dataclass(frozen=True)
@@ -375,27 +346,28 @@ class TerminalView:
         return sorted(found, key=lambda path: -abs(path.weight))[: self.paths]
 
     def _paths(self, width: int) -> RenderableType:
+        """A tree for each explained unit: its paths, up to where they part."""
         found = self._found_paths()
-        chains = [[_quoted(text, 100) for text in path.texts] for path in found]
-        for chain in chains:
-            dropped = len(chain) - _LONGEST_PATH + 1
-            if dropped > 1:
-                chain[4 : 4 + dropped] = [f"... {dropped} units ..."]
-        lines = [Text(" <- ".join(chain)) for chain in chains]
-        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-        table.add_column(justify="right", width=6, no_wrap=True)
-        table.add_column(overflow="fold")
-        on_one_line = all(line.cell_len <= width - 8 for line in lines)
-        for path, chain, line in zip(found, chains, lines, strict=True):
-            share = Text(_percent(path.share, self._signed, digits=1), "bold")
-            if on_one_line:
-                table.add_row(share, line)
-                continue
-            table.add_row(share, Text(chain[0]))
-            for text in chain[1:]:
-                table.add_row("", Padding(Text(f"<- {text}"), (0, 0, 0, 2)))
+        longest = int(np.clip((width - 20) // 4, 3, _LONGEST_PATH))
+        branches: dict[tuple[int, ...], Tree] = {}
+        roots = []
+        for path in found:
+            branch: Tree | None = None
+            for end, label in _steps(path, longest):
+                if end == len(path.units):
+                    share = _percent(path.share, self._signed, digits=1)
+                    label = Text.assemble((share, "bold"), "  ", label)
+                units = path.units[:end]
+                if units not in branches:
+                    if branch is None:
+                        branches[units] = Tree(label, guide_style="dim")
+                        roots.append(branches[units])
+                    else:
+                        branches[units] = branch.add(label)
+                branch = branches[units]
         title = "Heaviest paths" if found else "No path to a source has any mass."
-        parts: list[RenderableType] = [Text(title, "bold"), table]
+        parts: list[RenderableType] = [Text(title, "bold")]
+        parts += [Padding(root, (0, 0, 0, 1)) for root in roots]
         for check in self.checks:
             parts += ["", Text(harmless(str(check)))]
         return Group(*parts)
@@ -444,6 +416,17 @@ class TerminalView:
             "not bold",
         )
         return Group(facts, Text(", ".join(how), "dim"))
+
+
+def _steps(path: TextPath, longest: int) -> Iterator[tuple[int, Text]]:
+    """The units of a path, quoted, each with how many have come; a note in between."""
+    head, count = longest // 2, len(path.units)
+    dropped = count - longest + 1
+    for number, text in enumerate(path.texts, 1):
+        if dropped <= 1 or not head < number <= head + dropped:
+            yield number, Text(_quoted(text, 100))
+        elif number == head + dropped:
+            yield number, Text(f"... {dropped} units ...", "dim")
 
 
 class _View(NamedTuple):

@@ -10,6 +10,7 @@ from captum_cage._checks import (
     finite_vector,
     one_of,
     real_array,
+    share_to_keep,
     shown,
     whole_number,
 )
@@ -97,3 +98,20 @@ def test_a_vector_that_does_not_fit_is_refused_by_its_entry(value, message):
 def test_a_vector_that_fits_is_taken():
     """Negative entries where they are allowed."""
     assert finite_vector("weights", [1, -2, 0], 3, entry="unit").tolist() == [1, -2, 0]
+
+
+@pytest.mark.parametrize("value", [1, 0.5, np.float32(0.25), True, "1", None])
+def test_a_share_to_keep_is_a_number(value):
+    """Of any kind, but no boolean."""
+    if isinstance(value, str | bool | None):
+        with pytest.raises(TypeError, match=r"keep: must be above 0.* came. Pass 0.9."):
+            share_to_keep("keep", value, remedy="Pass 0.9.")
+    else:
+        assert share_to_keep("keep", value, remedy="Pass 0.9.") == float(value)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.01, float("nan")])
+def test_a_share_to_keep_is_in_its_range(value):
+    """Nothing is not kept."""
+    with pytest.raises(ValueError, match=r"keep: must be above 0 and at most 1, but"):
+        share_to_keep("keep", value, remedy="Pass 0.9.")

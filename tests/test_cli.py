@@ -31,6 +31,7 @@ from captum_cage._version import __version__
 from captum_cage.attribution import GraphContextAttribution
 from captum_cage.demo import sample_problems
 from captum_cage.engines.registry import engine_names
+from captum_cage.export import SUFFIXES, to_dot
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput
 from captum_cage.methods import Capability, UnitMethod, catalogue
 from captum_cage.methods.catalogue import capabilities
@@ -120,6 +121,12 @@ class TestProgram:
             (["demo", "--kind", "three"], "Invalid value for '--kind'"),
             (["explode"], "No such command 'explode'"),
             (["show", "x", "--top", "-1"], "Invalid value for '--top'"),
+            (
+                ["show", "x", "--export", "x.svg"],
+                "--export: must end in one of .csv, .dot, .graphml, .json, .npz, "
+                ".safetensors, but 'x.svg' came. The end of its name says",
+            ),
+            (["demo", "--export", "none/x.csv"], "--export: must name a file that can"),
         ],
     )
     def test_wrong_usage_is_exit_code_2(self, arguments, complaint):
@@ -304,6 +311,18 @@ class TestExplain:
         assert done.exit_code == 0
         assert json.loads(file.read_text()) == expected.to_dict()
         assert 'Explained: "The answer is 7."' in done.stdout
+
+    def test_a_graph_is_written_beside_it(self, folder, tmp_path):
+        """Before it is printed; wrong names are refused before the model is loaded."""
+        path = tmp_path / "graph.dot"
+        done = explain(folder, "--export", path)
+        assert done.exit_code == 0
+        assert path.read_text(encoding="utf-8") == to_dot(
+            in_python(folder, units="sentence")
+        )
+        done = run("explain", "--model", "none", "--prompt", "a", "--export", "graph")
+        assert done.exit_code == 2
+        assert "error: --export: must end in one of" in done.stderr
 
     @pytest.mark.parametrize(
         ("name", "make"),
@@ -826,6 +845,22 @@ class TestShow:
         assert 'Explained: "Mia has 3 + 4 = 7 pens."' in done.stdout
         assert GraphAttributionResult.load(again).explained == (0,)
 
+    def test_it_is_written_for_other_programs(self, saved, tmp_path):
+        """As the ends of the names say; what holds all of it can be shown again."""
+        paths = [tmp_path / f"out{suffix}" for suffix in SUFFIXES]
+        options = [word for path in paths for word in ("--export", path)]
+        done = run("show", saved, "--explain", 0, "-q", *options)
+        assert (done.exit_code, done.output) == (0, "")
+        expected = GraphAttributionResult.load(saved).explaining(0)
+        for path in paths:
+            expected.export(tmp_path / f"expected{path.suffix}")
+            assert (
+                path.read_bytes() == (tmp_path / f"expected{path.suffix}").read_bytes()
+            )
+        for suffix in (".json", ".npz", ".safetensors"):
+            again = run("show", tmp_path / f"out{suffix}", "--json", "-")
+            assert json.loads(again.stdout) == expected.to_dict()
+
     def test_what_is_no_result_is_refused(self, tmp_path):
         """A file of another kind, and no file."""
         (tmp_path / "text").write_text("no result")
@@ -955,6 +990,7 @@ class TestDemo:
     def test_it_shows_the_two_heaviest_paths_to_facts(self):
         """From the answer through a step, in words."""
         paths = run("demo").stdout.split("Heaviest paths")[1]
-        ends = re.findall(r'<- "(\w+ has [^"]+)"\s*$', paths, re.MULTILINE)
-        assert paths.count('%  "The second answer is') == 2
-        assert len(ends) >= 4
+        ends = re.findall(r'%  "(\w+ has [^"]+)"\s*$', paths, re.MULTILINE)
+        assert paths.count(' "The second answer is') == 1
+        assert len(ends) == 2
+        assert len(re.findall(r'── "\w+ has [^"]+"\s*$', paths, re.MULTILINE)) >= 2

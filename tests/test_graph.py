@@ -726,6 +726,7 @@ QUESTIONS = {
     "explain_parts": lambda graph, weights: graph.explain_parts(weights),
     "throughput": lambda graph, weights: graph.throughput(weights),
     "throughput_parts": lambda graph, weights: graph.throughput_parts(weights),
+    "flow": lambda graph, weights: graph.flow(weights),
     "share_through": lambda graph, weights: graph.share_through(weights, [0]),
     "leaked": lambda graph, weights: graph.leaked(weights),
     "unresolved": lambda graph, weights: graph.unresolved(weights, hops=1),
@@ -1976,3 +1977,26 @@ def test_rows_behind_must_fit(behind, error, message):
     """Errors name the row, what came and what to pass."""
     with pytest.raises(error, match=message):
         AttributionGraph.from_rows(ROWS, 2, behind=behind)
+
+
+@settings(deadline=None)
+@given(cases())
+def test_flow_is_the_mass_that_takes_each_edge(case):
+    """Step by step: first rows for weights, rows behind for what passes."""
+    graph, last = case.graph, case.hops
+    own = graph.generated_units
+    last = graph.n_generated if last is None else last
+    expected = np.zeros((graph.n_generated, graph.n_units))
+    here, matrix = case.weights, case.first
+    for step in range(last + 1):
+        moved = here[:, None] * matrix[own]
+        if step == last:
+            moved[:, own] = 0.0  # what was not followed takes no edge
+        expected += moved
+        here, matrix = moved[:, own].sum(axis=0), case.later
+    found = graph.flow(case.weights, hops=case.hops)
+    assert_allclose(found.toarray(), expected, rtol=0, atol=EXACT)
+    arrived = answer(graph, case.weights, case.hops)
+    assert_allclose(found.sum(axis=0)[graph.source_units], arrived, rtol=0, atol=EXACT)
+    through = graph.throughput(case.weights, hops=case.hops)
+    assert_allclose(found.sum(axis=0)[own] + case.weights, through, rtol=0, atol=EXACT)

@@ -271,37 +271,70 @@ class TestSources:
 class TestPaths:
     """The heaviest paths, in words."""
 
-    def test_a_path_is_a_chain_of_quoted_units(self, solved):
-        """From what is explained to the source, with its share."""
-        assert (
-            '56.2%  "The answer is 7." <- "Mia has 3 + 4 = 7 pens." <- '
-            '"Ana has 3 pens."'
-        ) in shown(solved, paths=1)
+    def test_a_path_leads_down_a_tree_of_quoted_units(self, solved):
+        """From what is explained to the source, where its share stands."""
+        lines = shown(solved, paths=1).split("Heaviest paths\n")[1].splitlines()
+        assert [line.rstrip() for line in lines[:3]] == [
+            ' "The answer is 7."',
+            ' └── "Mia has 3 + 4 = 7 pens."',
+            '     └── 56.2%  "Ana has 3 pens."',
+        ]
+
+    def test_paths_share_what_they_have_in_common(self, solved):
+        """They part where they differ, the heaviest first."""
+        text = shown(solved, paths=9).split("Heaviest paths\n")[1].split("\n\n")[0]
+        paths = solved.paths(9)
+        assert len({path.units[0] for path in paths}) == 1
+        inner = {path.units[:end] for path in paths for end in range(1, 3)}
+        inner -= {path.units for path in paths}
+        assert len(text.splitlines()) == len(inner) + len(paths)
+        shares = [path.share for path in paths]
+        found = [float(share) for share in re.findall(r"([\d.]+)%  ", text)]
+        assert sorted(found) == pytest.approx(
+            sorted(round(100 * share, 1) for share in shares)
+        )
+
+    def test_every_explained_unit_has_a_tree(self):
+        """Where the paths begin in several of them."""
+        rows = [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
+        text = shown(made(rows)).split("Heaviest paths\n")[1]
+        assert [line.rstrip() for line in text.splitlines()[:4]] == [
+            ' "Mia has 3 + 4 = 7 pens."',
+            ' └── 50.0%  "Ana has 3 pens."',
+            ' "The answer is 7."',
+            ' └── 50.0%  "Leo has 5 cups."',
+        ]
 
     def test_their_ends_can_be_chosen(self, solved):
         """Only paths to sources within some ranges of the prompt."""
         text = shown(solved, ends=[(16, 31), (32, 61)], paths=2).split("Heaviest")[1]
-        assert re.findall(r'<- "([^"]+)"\s*$', text, re.MULTILINE) == [
+        assert re.findall(r'%  "([^"]+)"\s*$', text, re.MULTILINE) == [
             "Mia has 4 more pens than Ana.",
             "Leo has 5 cups.",
         ]
 
-    def test_a_narrow_terminal_has_a_line_for_each_unit(self, solved):
-        """The units stand below one another."""
-        lines = [line.strip() for line in shown(solved, 50, paths=1).splitlines()]
-        start = lines.index('56.2%  "The answer is 7."')
+    def test_a_narrow_terminal_wraps_within_the_tree(self):
+        """Its lines go on where the unit begins."""
+        text = shown(made([[0] * 5, [0, 0, 1, 0, 0]], explain=1), 30, paths=1)
+        lines = [line.rstrip() for line in text.splitlines()]
+        start = lines.index(' "The answer is 7."')
         assert lines[start + 1 : start + 3] == [
-            '<- "Mia has 3 + 4 = 7 pens."',
-            '<- "Ana has 3 pens."',
+            ' └── 100.0%  "Mia has 4 more',
+            '     pens than Ana."',
         ]
 
-    def test_a_long_path_loses_its_middle(self):
-        """What is left out is counted."""
+    @pytest.mark.parametrize(("width", "left_out"), [(160, 24), (40, 27), (30, 29)])
+    def test_a_long_path_loses_its_middle(self, width, left_out):
+        """What is left out is counted; the more, the narrower the terminal is."""
         answer = " ".join(f"w{i}" for i in range(30))
         rows = np.eye(30, 31)
         result = made(rows, "p", answer, explain=-1, segment=word_spans)
-        text = shown(result, 160)
-        assert '"w26" <- ... 24 units ... <- "w1" <- "w0" <- "p"' in text
+        text = shown(result, width).split("Heaviest paths\n")[1].split("\n\n")[0]
+        units = re.findall(r'"(\w+)"|\.\.\. (\d+) units \.\.\.', text)
+        kept = [name for name, _ in units if name]
+        assert [count for _, count in units if count] == [str(left_out)]
+        assert len(kept) + left_out == 31
+        assert (kept[0], kept[-1]) == ("w29", "p")
 
     def test_a_result_without_mass_says_so(self):
         """No path, all of it leaked."""
@@ -492,4 +525,5 @@ class TestWidthAndColour:
         """Frames and bars have other characters there."""
         text = shown(solved, encoding="ascii")
         assert "| direct: one step back" in text
+        assert re.search(r' [+`]-- "Mia has 3 \+ 4 = 7 pens\."', text)
         assert re.search(r"68\.8% +#+", text)

@@ -1,0 +1,112 @@
+"""What plots, pages and exports read of an explanation."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from captum.attr import LLMAttributionResult
+from torch import Tensor
+
+from captum_cage.foils import Foil
+from captum_cage.graph import AttributionGraph, Path
+from captum_cage.thinking import Thinking
+from captum_cage.units import Unit
+
+__all__ = ["Explanation"]
+
+
+class Explanation(Protocol):
+    """A `GraphAttributionResult`, as those see it that stand below it.
+
+    Its attributes say what they are. ``P`` source units, ``G`` generated units.
+    """
+
+    @property
+    def graph(self) -> AttributionGraph:
+        """The graph, sources and generated units."""
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """Its units in reading order."""
+
+    @property
+    def explained(self) -> tuple[int, ...]:
+        """Positions of the explained generated units."""
+
+    @property
+    def weights(self) -> npt.NDArray[np.float64]:
+        """1 for each explained unit, else 0; shape ``(G,)``."""
+
+    @property
+    def source_text(self) -> str:
+        """Text of the prompt."""
+
+    @property
+    def generated_text(self) -> str:
+        """Text that follows it."""
+
+    @property
+    def meta(self) -> Mapping[str, Any]:
+        """How the explanation was made, JSON values."""
+
+    @property
+    def hops(self) -> int | None:
+        """Number of passes after which paths are cut."""
+
+    @property
+    def thinking(self) -> Thinking:
+        """Where thoughts and answer stand."""
+
+    @property
+    def foils(self) -> tuple[Foil, ...]:
+        """What rows are contrasted with."""
+
+    @property
+    def input_tokens(self) -> list[str]:
+        """Text of the source units."""
+
+    @property
+    def output_tokens(self) -> list[str]:
+        """Text of the generated units."""
+
+    @property
+    def seq_attr(self) -> Tensor:
+        """Mass of the explained units at each source, ``(P,)``, float64."""
+
+    @property
+    def token_attr(self) -> Tensor:
+        """Marginals of every generated unit, ``(G, P)``, float64."""
+
+    @property
+    def direct(self) -> LLMAttributionResult:
+        """The explained units' own rows, without the graph."""
+
+    @property
+    def step_attr(self) -> Tensor:
+        """Mass that passes through each generated unit, ``(G,)``, float64."""
+
+    @property
+    def positive_attr(self) -> Tensor:
+        """Mass of the paths that argue for them, ``(P,)``, float64."""
+
+    @property
+    def negative_attr(self) -> Tensor:
+        """Mass of the paths that argue against them, ``(P,)``, float64."""
+
+    @property
+    def leaked(self) -> float:
+        """Mass that ends in rows without mass."""
+
+    @property
+    def unresolved(self) -> float:
+        """Mass that was left open."""
+
+    def paths(self, k: int = 5, source: int | None = None) -> Sequence[Path]:
+        """The ``k`` heaviest paths, to any source or to one."""
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to one file, which loads without the model."""

@@ -1,0 +1,141 @@
+"""Files of arrays: what is written is read, and what is no such file is refused."""
+
+import json
+import pickle
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+from captum_cage.archive import read, replacing, write
+
+HEADER = {"a": [1, None, 0.1], "text": "\ud800\x00 é 😀"}
+ARRAYS = {
+    "flags": np.array([True, False]),
+    "one": np.array(True),
+    "none": np.zeros((0, 3)),
+    "numbers": np.array([[0.1, -0.0], [1e-320, 2.0]]),
+    "turned": np.arange(6).reshape(2, 3).T,
+    "places": np.array([2**40], dtype=np.int64),
+    "single": np.array([0.1], dtype=np.float32),
+}
+
+
+@pytest.mark.parametrize("name", ["file", "file.npz", "file.json.gz", "x.safetensors"])
+def test_arrays_and_header_come_back(name, tmp_path):
+    """With their types and shapes, whatever the file is called afterwards."""
+    path = tmp_path / name
+    write(path, HEADER, ARRAYS)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+    path = path.rename(tmp_path / "renamed")
+    header, arrays = read(path)
+    assert header == HEADER
+    assert arrays.keys() == ARRAYS.keys()
+    for key, array in ARRAYS.items():
+        assert arrays[key].dtype == array.dtype
+        assert arrays[key].shape == array.shape
+        assert arrays[key].tobytes() == array.tobytes()
+
+
+def test_json_has_no_arrays(tmp_path):
+    """It says all by itself."""
+    path = tmp_path / "file"
+    path.write_text("\n " + json.dumps(HEADER))
+    assert read(path) == (HEADER, None)
+
+
+def header_of(length, text):
+    """The begin of a safetensors file."""
+    return struct.pack("<Q", length) + text
+
+
+HOSTILE = {
+    "empty": b"",
+    "text": b"hello",
+    "pickle": pickle.dumps({"a": 1}),
+    "array": b"\x93NUMPY\x01\x00v\x00{'descr': '<f8'}",
+    "zip": b"PK\x03\x04 nonsense",
+    "long header": header_of(2**60, b'{"a":1}'),
+    "no end": header_of(100, b'{"a":'),
+    "more than there is": header_of(
+        70, b'{"x":{"dtype":"F64","shape":[9999999999],"data_offsets":[0,8]}}   '
+    ),
+    "deep": b"[" * 100_000,
+    "NaN": b'{"a": NaN}',
+    "infinite": b'{"a": -Infinity}',
+    "two values": b"{} {}",
+    "other bytes": b"\xff\xfe{\x00}\x00\x00",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_other_files_are_refused(name, tmp_path):
+    """By one error, at once."""
+    path = tmp_path / "file"
+    path.write_bytes(HOSTILE[name])
+    with pytest.raises(ValueError, match=r"file: must be a result saved by.*damaged"):
+        read(path)
+
+
+@given(
+    st.binary(max_size=60),
+    st.sampled_from([b"", b"PK\x03\x04", b"{", header_of(20, b"{")]),
+)
+def test_no_bytes_do_harm(tmp_path_factory, content, begin):
+    """They are JSON or refused."""
+    path = tmp_path_factory.getbasetemp() / "bytes"
+    path.write_bytes(begin + content)
+    try:
+        json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        with pytest.raises(ValueError, match="must be a result saved by"):
+            read(path)
+    else:
+        assert read(path)[1] is None
+
+
+@pytest.mark.parametrize("cut", [10, 100, -1])
+@pytest.mark.parametrize("name", ["file.npz", "file.safetensors"])
+def test_a_damaged_file_is_refused(name, cut, tmp_path):
+    """One that was not wholly copied."""
+    path = tmp_path / name
+    write(path, HEADER, ARRAYS)
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match="must be a result saved by"):
+        read(path)
+
+
+def test_tensors_of_others_are_no_result(tmp_path):
+    """A model's weights have no header of ours."""
+    path = tmp_path / "model.safetensors"
+    save_file({"weight": np.zeros(3)}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match="must be a result saved by"):
+        read(path)
+    save_file({"weight": np.zeros(3)}, path)
+    with pytest.raises(ValueError, match="must be a result saved by"):
+        read(path)
+
+
+def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path):
+    """As it is everywhere in Python."""
+    with pytest.raises(FileNotFoundError, match="none"):
+        read(tmp_path / "none")
+
+
+def test_an_interrupt_leaves_the_old_file(tmp_path):
+    """And nothing beside it."""
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def interrupted():
+        with replacing(path) as partial:
+            partial.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
