@@ -295,6 +295,16 @@ SaveOption = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        show_default=False,
+        metavar="FILE",
+        help="Write the result as a page for the browser, which needs no network.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 QuietOption = Annotated[
     bool,
     typer.Option(
@@ -339,6 +349,7 @@ class _Output:
     width: int | None
     json_file: str | None
     save_file: Path | None
+    html_file: Path | None
     quiet: bool
     no_progress: bool = False
 
@@ -346,6 +357,7 @@ class _Output:
         """Refuse files that could not be written, before anything is computed."""
         _check_writable("--json", self.json_file)
         _check_writable("--save", self.save_file)
+        _check_writable("--html", self.html_file)
 
     @property
     def shows_progress(self) -> bool:
@@ -369,6 +381,8 @@ class _Output:
         """Write the files, then print the result."""
         if self.save_file is not None:
             result.save(self.save_file)
+        if self.html_file is not None:
+            result.to_html(self.html_file)
         if self.json_file is not None:
             numbers = result.to_dict()
             if checks:
@@ -443,7 +457,7 @@ def _console(width: int | None) -> Console:
     epilog=(
         "Examples:\n\n"
         "captum-cage demo\n\n"
-        "captum-cage demo --seed 7 --kind long_chain\n\n"
+        "captum-cage demo --seed 7 --kind long_chain --html page.html\n\n"
         "captum-cage demo --json - | python -m json.tool"
     ),
 )
@@ -457,11 +471,12 @@ def demo(
     width: WidthOption = None,
     json_file: JsonOption = None,
     save: SaveOption = None,
+    html: HtmlOption = None,
     quiet: QuietOption = False,
     no_progress: NoProgressOption = False,
 ) -> None:
     """Let a small model solve a word problem, and explain its last answer."""
-    output = _Output(top, paths, width, json_file, save, quiet, no_progress)
+    output = _Output(top, paths, width, json_file, save, html, quiet, no_progress)
     problem = sample_problems(1, seed, kind.value)[0]
     model, tokenizer = load_demo()
     start = time.perf_counter()
@@ -513,7 +528,8 @@ def _last_visible(result: GraphAttributionResult) -> int:
         "captum-cage explain --model demo --prompt 'Ana has 3 pens. Leo has 5 cups. "
         "Mia has 4 more pens than Ana. How many pens does Mia have?'\n\n"
         "captum-cage explain --model Qwen/Qwen2.5-0.5B-Instruct --chat --prompt "
-        "@question.txt --explain '/answer is .*/' --save result.npz\n\n"
+        "@question.txt --explain '/answer is .*/' --save result.npz --html page.html"
+        "\n\n"
         "captum-cage explain --model gpt2 --prompt @prompt.txt --target @output.txt "
         "--units word --method integrated-gradients --json - > result.json\n\n"
         "echo 'Why is the sky blue?' | captum-cage explain --model gpt2 --prompt - "
@@ -780,11 +796,12 @@ def explain(
     width: WidthOption = None,
     json_file: JsonOption = None,
     save: SaveOption = None,
+    html: HtmlOption = None,
     quiet: QuietOption = False,
     no_progress: NoProgressOption = False,
 ) -> None:
     """Explain what a language model generates, or a text that you give."""
-    output = _Output(top, paths, width, json_file, save, quiet, no_progress)
+    output = _Output(top, paths, width, json_file, save, html, quiet, no_progress)
     base, declared = _chosen_method(method, masked_lm)
     options, kwargs = _counts(base, declared, samples, steps)
     span = _question(explain, part)
@@ -1264,7 +1281,8 @@ def _declaration(method: type[Any], declared: Capability) -> dict[str, Any]:
     epilog=(
         "Examples:\n\n"
         "captum-cage show result.npz\n\n"
-        "captum-cage show result.npz --explain 'so she sells 9' --paths 10"
+        "captum-cage show result.npz --explain 'so she sells 9' --paths 10\n\n"
+        "captum-cage show result.npz --html page.html"
     )
 )
 def show(
@@ -1278,10 +1296,11 @@ def show(
     width: WidthOption = None,
     json_file: JsonOption = None,
     save: SaveOption = None,
+    html: HtmlOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Show a saved result, or explain another span of it, without the model."""
-    output = _Output(top, paths, width, json_file, save, quiet)
+    output = _Output(top, paths, width, json_file, save, html, quiet)
     span = _question(explain, part)
     result = GraphAttributionResult.load(file)
     output.write(result if span is None else result.explaining(span))

@@ -7,7 +7,6 @@ terminal without colour shows the same.
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from captum_cage.result import GraphAttributionResult, TextPath
-from captum_cage.text import Span
+from captum_cage.text import Span, harmless
 from captum_cage.thinking import Part
 from captum_cage.units import Unit
 
@@ -60,35 +59,6 @@ _SHORT_UNIT = 12  # characters; the table shows such units with the words around
 _LONGEST_PATH = 8  # units; longer paths are shown without their middle
 _LONGEST_BAR = 16  # cells
 _RESAMPLES = 200  # for intervals
-
-# White space as it stands, and the joiners that scripts and emoji are written with.
-_LAYOUT = "\n\t"
-_JOINERS = "\u200c\u200d"
-
-
-def harmless(text: str, *, one_line: bool = False) -> str:
-    r"""A text in which no character can steer the terminal.
-
-    Control and format characters, bidirectional ones among them, and lone surrogates
-    are written as Python escapes. Newlines and tabs stay.
-
-    Args:
-        text (str): any text.
-        one_line (bool, optional): escape newlines and tabs too. Default: ``False``
-
-    Example:
-        >>> print(harmless("\x1b[31mred\r\n[bold]"))
-        \x1b[31mred
-        [bold]
-    """
-    kept = _JOINERS if one_line else _LAYOUT + _JOINERS
-    return "".join(
-        character
-        if character in kept
-        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else character.encode("unicode_escape").decode("ascii")
-        for character in (text if one_line else text.replace("\r\n", "\n"))
-    )
 
 
 @dataclass(frozen=True)

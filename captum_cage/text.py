@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -13,6 +14,7 @@ __all__ = [
     "Span",
     "TokenText",
     "decode",
+    "harmless",
     "message_spans",
     "read_tokens",
     "sentence_spans",
@@ -171,6 +173,36 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     if eos is not None and eos == unknown:  # GPT-2 has one token for both
         ids.add(eos)
     return frozenset(ids)
+
+
+# White space as it stands, and the joiners that scripts and emoji are written with.
+_LAYOUT = "\n\t"
+_JOINERS = "\u200c\u200d"
+
+
+def harmless(text: str, *, one_line: bool = False) -> str:
+    r"""A text in which no character can steer a terminal or hide.
+
+    Control and format characters, bidirectional ones among them, and lone surrogates
+    are written as Python escapes. Newlines and tabs stay.
+
+    Args:
+        text (str): any text.
+        one_line (bool, optional): escape newlines and tabs too. Default: ``False``
+
+    Example:
+        >>> print(harmless("\x1b[31mred\r\n[bold]"))
+        \x1b[31mred
+        [bold]
+    """
+    kept = _JOINERS if one_line else _LAYOUT + _JOINERS
+    return "".join(
+        character
+        if character in kept
+        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else character.encode("unicode_escape").decode("ascii")
+        for character in (text if one_line else text.replace("\r\n", "\n"))
+    )
 
 
 # --- words -------------------------------------------------------------------------
