@@ -308,6 +308,16 @@ ExportOption = Annotated[
         rich_help_panel=_OUTPUT,
     ),
 ]
+HtmlOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        show_default=False,
+        metavar="FILE",
+        help="Write the result as a page for the browser, which needs no network.",
+        rich_help_panel=_OUTPUT,
+    ),
+]
 QuietOption = Annotated[
     bool,
     typer.Option(
@@ -352,6 +362,7 @@ class _Output:
     width: int | None
     json_file: str | None
     save_file: Path | None
+    html_file: Path | None
     quiet: bool
     no_progress: bool = False
     export_files: Sequence[Path] = ()
@@ -360,6 +371,7 @@ class _Output:
         """Refuse files that could not be written, before anything is computed."""
         _check_writable("--json", self.json_file)
         _check_writable("--save", self.save_file)
+        _check_writable("--html", self.html_file)
         for path in self.export_files:
             checked_suffix(path, "--export")
             _check_writable("--export", path)
@@ -378,6 +390,8 @@ class _Output:
         """Write the files that are asked for by their names."""
         if self.save_file is not None:
             result.save(self.save_file)
+        if self.html_file is not None:
+            result.to_html(self.html_file)
         for path in self.export_files:
             result.export(path)
 
@@ -466,7 +480,7 @@ def _console(width: int | None) -> Console:
     epilog=(
         "Examples:\n\n"
         "captum-cage demo\n\n"
-        "captum-cage demo --seed 7 --kind long_chain\n\n"
+        "captum-cage demo --seed 7 --kind long_chain --html page.html\n\n"
         "captum-cage demo --json - | python -m json.tool"
     ),
 )
@@ -480,13 +494,14 @@ def demo(
     width: WidthOption = None,
     json_file: JsonOption = None,
     save: SaveOption = None,
+    html: HtmlOption = None,
     export: ExportOption = None,
     quiet: QuietOption = False,
     no_progress: NoProgressOption = False,
 ) -> None:
     """Let a small model solve a word problem, and explain its last answer."""
     output = _Output(
-        top, paths, width, json_file, save, quiet, no_progress, export or ()
+        top, paths, width, json_file, save, html, quiet, no_progress, export or ()
     )
     problem = sample_problems(1, seed, kind.value)[0]
     model, tokenizer = load_demo()
@@ -539,7 +554,8 @@ def _last_visible(result: GraphAttributionResult) -> int:
         "captum-cage explain --model demo --prompt 'Ana has 3 pens. Leo has 5 cups. "
         "Mia has 4 more pens than Ana. How many pens does Mia have?'\n\n"
         "captum-cage explain --model Qwen/Qwen2.5-0.5B-Instruct --chat --prompt "
-        "@question.txt --explain '/answer is .*/' --save result.npz\n\n"
+        "@question.txt --explain '/answer is .*/' --save result.npz --html page.html"
+        "\n\n"
         "captum-cage explain --model gpt2 --prompt @prompt.txt --target @output.txt "
         "--units word --method integrated-gradients --json - > result.json\n\n"
         "echo 'Why is the sky blue?' | captum-cage explain --model gpt2 --prompt - "
@@ -807,13 +823,14 @@ def explain(
     width: WidthOption = None,
     json_file: JsonOption = None,
     save: SaveOption = None,
+    html: HtmlOption = None,
     export: ExportOption = None,
     quiet: QuietOption = False,
     no_progress: NoProgressOption = False,
 ) -> None:
     """Explain what a language model generates, or a text that you give."""
     output = _Output(
-        top, paths, width, json_file, save, quiet, no_progress, export or ()
+        top, paths, width, json_file, save, html, quiet, no_progress, export or ()
     )
     refills = removal is _Removal.masked_lm
     base, declared = _chosen_method(method, masked_lm, refills)
@@ -1310,7 +1327,8 @@ def _declaration(method: type[Any], declared: Capability) -> dict[str, Any]:
         "Examples:\n\n"
         "captum-cage show result.npz\n\n"
         "captum-cage show result.npz --explain 'so she sells 9' --paths 10\n\n"
-        "captum-cage show result.npz --export graph.graphml --export table.csv"
+        "captum-cage show result.npz --export graph.graphml --export table.csv\n\n"
+        "captum-cage show result.npz --html page.html"
     )
 )
 def show(
@@ -1324,12 +1342,13 @@ def show(
     width: WidthOption = None,
     json_file: JsonOption = None,
     save: SaveOption = None,
+    html: HtmlOption = None,
     export: ExportOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Show a saved result, or explain another span of it, without the model."""
     output = _Output(
-        top, paths, width, json_file, save, quiet, export_files=export or ()
+        top, paths, width, json_file, save, html, quiet, export_files=export or ()
     )
     span = _question(explain, part)
     result = GraphAttributionResult.load(file)

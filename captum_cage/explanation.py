@@ -14,7 +14,7 @@ from torch import Tensor
 from captum_cage.foils import Foil
 from captum_cage.graph import AttributionGraph, Path
 from captum_cage.thinking import Thinking
-from captum_cage.units import Unit
+from captum_cage.units import Granularity, Unit, Units
 
 __all__ = ["Explanation"]
 
@@ -110,3 +110,6 @@ class Explanation(Protocol):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write it to one file, which loads without the model."""
+
+    def regrouped(self, units: Granularity) -> tuple[Units, Units]:
+        """Larger source units and larger generated units, over the present ones."""

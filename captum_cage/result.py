@@ -645,7 +645,7 @@ class GraphAttributionResult(LLMAttributionResult):
         Returns:
             LLMAttributionResult: a plain Captum result over the larger units.
         """
-        sources, steps = self._regrouped(units)
+        sources, steps = self.regrouped(units)
         columns = _indicator(sources)
         rows = _indicator(steps)
         probs = None
@@ -661,8 +661,16 @@ class GraphAttributionResult(LLMAttributionResult):
             inp=self.inp,
         )
 
-    def _regrouped(self, units: Granularity) -> tuple[Units, Units]:
-        """Larger source units and larger generated units, over the present ones."""
+    def regrouped(self, units: Granularity) -> tuple[Units, Units]:
+        """Larger source units and larger generated units, over the present ones.
+
+        Args:
+            units: a granularity, as ``attribute`` takes it.
+
+        Returns:
+            tuple[Units, Units]: of both, ``groups`` is the larger unit of each present
+            one, shapes ``(P,)`` and ``(G,)``.
+        """
         sides = split_units(units)
         outside = sides["source"]
         if sides["both"] is not None:
@@ -879,6 +887,47 @@ class GraphAttributionResult(LLMAttributionResult):
         with replacing(path) as partial:
             partial.write_text(text + "\n", encoding="ascii")
         return None
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        title: str | None = None,
+        max_bytes: int | None = 1_000_000,
+    ) -> str:
+        """The result as one page, which needs neither network nor model.
+
+        Whoever opens it can click on any generated text and sees at once where it comes
+        from: the page holds the graph and solves it.
+
+        Args:
+            path (str or PathLike, optional): the file; an existing one is replaced.
+                Default: None, no file
+            title (str, optional): the page's title. Default: what is explained
+            max_bytes (int, optional): size of the page. A graph that is too large for
+                it keeps its heaviest entries, rounded down, and the page says how much
+                mass that leaves unresolved. None for the whole graph. Default:
+                ``1_000_000``
+
+        Returns:
+            str: the page.
+
+        Raises:
+            OSError: if the file cannot be written.
+            ValueError: if ``max_bytes`` is below 1.
+        """
+        from captum_cage import html  # noqa: PLC0415 (it brings jinja2)
+
+        text = html.page(self, title=title, max_bytes=max_bytes)
+        if path is not None:
+            html.write(text, path)
+        return text
+
+    def _repr_html_(self) -> str:
+        # What notebooks show.
+        from captum_cage import html  # noqa: PLC0415 (it brings jinja2)
+
+        return html.frame(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the result to one file, which loads without the model.

@@ -179,6 +179,36 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
     return frozenset(ids)
 
 
+# White space as it stands, and the joiners that scripts and emoji are written with.
+_LAYOUT = "\n\t"
+_JOINERS = "\u200c\u200d"
+
+
+def harmless(text: str, *, one_line: bool = False) -> str:
+    r"""A text in which no character can steer a terminal or hide.
+
+    Control and format characters, bidirectional ones among them, and lone surrogates
+    are written as Python escapes. Newlines and tabs stay.
+
+    Args:
+        text (str): any text.
+        one_line (bool, optional): escape newlines and tabs too. Default: ``False``
+
+    Example:
+        >>> print(harmless("\x1b[31mred\r\n[bold]"))
+        \x1b[31mred
+        [bold]
+    """
+    kept = _JOINERS if one_line else _LAYOUT + _JOINERS
+    return "".join(
+        character
+        if character in kept
+        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else character.encode("unicode_escape").decode("ascii")
+        for character in (text if one_line else text.replace("\r\n", "\n"))
+    )
+
+
 # --- words -------------------------------------------------------------------------
 
 # Scripts that put no space between words: each character is a unit, with its marks.
@@ -330,28 +360,3 @@ def _trim(text: str, start: int, stop: int) -> Span | None:
 def shifted(spans: Iterable[Span], by: int) -> list[Span]:
     """The ranges moved by a number of characters."""
     return [(start + by, stop + by) for start, stop in spans]
-
-
-def harmless(text: str, *, one_line: bool = False) -> str:
-    r"""A text in which no character can steer the terminal.
-
-    Control and format characters, bidirectional ones among them, and lone surrogates
-    are written as Python escapes. Newlines and tabs stay.
-
-    Args:
-        text (str): any text.
-        one_line (bool, optional): escape newlines and tabs too. Default: ``False``
-
-    Example:
-        >>> print(harmless("\x1b[31mred\r\n[bold]"))
-        \x1b[31mred
-        [bold]
-    """
-    kept = _JOINERS if one_line else _LAYOUT + _JOINERS
-    return "".join(
-        character
-        if character in kept
-        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
-        else character.encode("unicode_escape").decode("ascii")
-        for character in (text if one_line else text.replace("\r\n", "\n"))
-    )

@@ -595,6 +595,11 @@ def errors(name):
             "--json: must name a file that can be written, but 'nowhere/result.json' "
             "came and its folder does not exist. Name another file.",
         ),
+        "no folder for a page": (
+            {"more": ["--html", "nowhere/page.html"]},
+            "--html: must name a file that can be written, but 'nowhere/page.html' "
+            "came and its folder does not exist. Name another file.",
+        ),
         "a folder": (
             {"more": ["--save", "."]},
             "--save: must name a file that can be written, but '.' came and it is a "
@@ -860,6 +865,21 @@ class TestShow:
         for suffix in (".json", ".npz", ".safetensors"):
             again = run("show", tmp_path / f"out{suffix}", "--json", "-")
             assert json.loads(again.stdout) == expected.to_dict()
+
+    def test_a_page_is_written(self, saved, folder, tmp_path):
+        """Of a saved result and of a new one: the page of the very result."""
+        page = tmp_path / "page.html"
+        done = run("show", saved, "--html", page)
+        assert (done.exit_code, done.stderr) == (0, "")
+        assert 'Explained: "The answer is 7."' in done.stdout
+        result = GraphAttributionResult.load(saved)
+        assert page.read_text(encoding="utf-8") == result.to_html()
+        run("show", saved, "--explain", "3 + 4", "--html", page)
+        other = result.explaining("3 + 4").to_html()
+        assert page.read_text(encoding="utf-8") == other
+        done = explain(folder, "--explain", "answer", "--html", page, "-q")
+        assert (done.exit_code, done.stdout) == (0, "")
+        assert page.read_text(encoding="utf-8") == result.to_html()
 
     def test_what_is_no_result_is_refused(self, tmp_path):
         """A file of another kind, and no file."""
