@@ -54,8 +54,8 @@ from captum_cage.methods.catalogue import (
 from captum_cage.metrics import Evaluation, MaskedRefill
 from captum_cage.result import GraphAttributionResult
 from captum_cage.spans import Explain
-from captum_cage.terminal import TerminalView, harmless
-from captum_cage.text import Span, special_ids
+from captum_cage.terminal import TerminalView
+from captum_cage.text import Span, harmless, special_ids
 from captum_cage.thinking import Part
 from captum_cage.traces import ChatTraceInput
 

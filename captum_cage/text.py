@@ -28,10 +28,6 @@ Span: TypeAlias = tuple[int, int]
 _COMPLETING = 3
 _REPLACEMENT = "\ufffd"
 
-# White space as it stands, and the joiners that scripts and emoji are written with.
-_LAYOUT = "\n\t"
-_JOINERS = "\u200c\u200d"
-
 
 @dataclass(frozen=True)
 class TokenText:

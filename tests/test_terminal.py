@@ -13,8 +13,8 @@ from captum_cage.draws import DrawnRows
 from captum_cage.foils import Foil
 from captum_cage.graph import AttributionGraph
 from captum_cage.result import GraphAttributionResult
-from captum_cage.terminal import TerminalView, harmless
-from captum_cage.text import sentence_spans, word_spans
+from captum_cage.terminal import TerminalView
+from captum_cage.text import harmless, sentence_spans, word_spans
 from captum_cage.thinking import Part, Thinking
 from captum_cage.units import Unit
 
