@@ -104,6 +104,14 @@ SETTINGS = (
 # Of records that do not say, since they are older.
 UNSAID = {"masked_lm": None, "paper": False}
 POINTS = np.linspace(0.0, 1.0, 11)
+# Colours that colour-blind readers tell apart, and never colour alone.
+LINES: dict[str, dict[str, Any]] = {
+    "truth": {"color": "black", "linestyle": ":"},
+    "marginalised": {"color": "#0072b2", "linestyle": "-"},
+    "one hop": {"color": "#e69f00", "linestyle": "--"},
+    "sequence": {"color": "#009e73", "linestyle": "-."},
+    "direct": {"color": "#d55e00", "linestyle": (0, (5, 1, 1, 1, 1, 1))},
+}
 # What must hold on two questions: against what, by which metric.
 CLAIMS = {
     "auroc": ("direct", "sequence", "one hop"),
@@ -803,8 +811,7 @@ def plot_curves(
         for label, name in lines.items():
             curves = [r["curves"][name] for r in records if name in r["curves"]]
             if curves:
-                style = {"color": "black", "linestyle": ":"} if label == "truth" else {}
-                panel.plot(POINTS, np.mean(curves, axis=0), label=label, **style)
+                panel.plot(POINTS, np.mean(curves, axis=0), label=label, **LINES[label])
         panel.set_title(method)
         panel.set_xlabel("share of the sources taken away")
     panels[0][0].set_ylabel("still says so, written again")
@@ -1086,6 +1093,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("runs/faithfulness"))
     add("--export", type=Path, help="write the examples for other libraries, and stop")
     add("--rivals", type=Path, nargs="+", default=[], help="scores of other libraries")
+    add("--tables", action="store_true", help="only tables of what was measured")
     add("--docs", action="store_true", help="write docs/faithfulness.md's tables")
     add(
         "--paper",
@@ -1171,7 +1179,8 @@ def main() -> None:
             print(calibration_table(calibrated(bench, removal)))
         return
     records_file = options.out / "records.jsonl"
-    run(bench, cases_of(options), records_file)
+    if not options.tables:
+        run(bench, cases_of(options), records_file)
     calibration: Mapping[str, Any] = {}
     if options.model == DEMO:
         calibration = calibrated(bench, options.removal)

@@ -121,10 +121,9 @@ class Followup:
         said = [place for place, unit in enumerate(sources) if not unit.special]
         if options.get("sources") is None and said:
             options = {**options, "sources": said}
+        options = {**options, "told": result.input_tokens}
         with held(self.task.llm_attr):
-            found = Evaluator(self.task, result.explained, **options)
-        found.told = tuple(result.input_tokens)
-        return found
+            return Evaluator(self.task, result.explained, **options)
 
     def repeat(self, result: GraphAttributionResult) -> GraphAttributionResult:
         """The same question asked anew."""

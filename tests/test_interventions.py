@@ -21,7 +21,6 @@ from captum.attr import (
     RemoteLLMAttribution,
     TextTemplateInput,
 )
-from torch import nn
 
 from captum_cage import (
     ChatTokenInput,
@@ -35,7 +34,7 @@ from captum_cage.demo import load_demo, sample_problems
 from captum_cage.demo.planted import PlantedCase, planted_cases, planted_model
 from captum_cage.interventions import PathCheck
 from captum_cage.methods.catalogue import llm_attribution
-from tiny import LocalProvider, image_input, tiny_model
+from tiny import ForwardOnly, LocalProvider, image_input, tiny_model
 
 N = 20
 KINDS = ("chain", "trace", "override")
@@ -1051,25 +1050,13 @@ class TestInputs:
 
     def test_a_model_that_cannot_generate_is_refused(self, tokenizer, model):
         """It scores texts, and writes none."""
-
-        class Scorer(nn.Module):
-            device = model.device
-            config = model.config
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.inner = model
-
-            def forward(self, input_ids: Any, **_: Any) -> Any:
-                return self.inner(input_ids)
-
         cage = GraphContextAttribution(
-            LLMAttribution(FeatureAblation(Scorer()), tokenizer)
+            LLMAttribution(FeatureAblation(ForwardOnly(model)), tokenizer)
         )
         inp = TokenIdsInput(tokenizer.encode("Ana has 3."), tokenizer)
         target = tokenizer.encode(" So she has", add_special_tokens=False)
         result = cage.attribute(inp, target, explain=-1)
-        with pytest.raises(TypeError, match="Scorer came, which has no generate"):
+        with pytest.raises(TypeError, match="ForwardOnly came, which has no generate"):
             result.verify_path([len(result.units) - 1, 0])
 
     def test_a_result_without_its_model_is_refused(self, tmp_path, sampled):

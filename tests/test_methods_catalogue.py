@@ -43,7 +43,7 @@ from tiny import (
 )
 
 PROMPT = "Ana has 3. Mia has"
-SHORT = "Ana. Mia"
+SHORT = "Ana has 3. Mia"
 TARGET = " 4. So"
 LONG = "Ana has 3 pens. Mia has 4 more pens than Ana."
 KNOWN = {declared.name: (method, declared) for method, declared in capabilities()}

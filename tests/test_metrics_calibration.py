@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -11,7 +12,13 @@ import pytest
 from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
 from scipy.stats import rankdata
 
-from captum_cage import ChatTokenInput, GraphContextAttribution
+from captum_cage import (
+    ChatTokenInput,
+    GraphAttributionResult,
+    GraphContextAttribution,
+)
+from captum_cage.demo import examples as demo_examples
+from captum_cage.demo import load_demo
 from captum_cage.demo.planted import planted_cases, planted_model
 from captum_cage.metrics import (
     METRICS,
@@ -233,6 +240,39 @@ class TestKnownTruth:
         assert found.kinds == ("lamp", "chain")
 
 
+def test_texts_are_written_where_none_is_given(monkeypatch):
+    """As long as they are told to be, here and again; so are other arguments passed."""
+    model, tokenizer = load_demo()
+    wrapped = GraphContextAttribution(LLMAttribution(FeatureAblation(model), tokenizer))
+    given = demo_examples(2, seed=1)[::2]
+    open_ended = [replace(example, completion=None) for example in given]
+    passed = []
+    for owner, name in (
+        (GraphContextAttribution, "attribute"),
+        (GraphAttributionResult, "evaluator"),
+    ):
+        monkeypatch.setattr(owner, name, recorded(getattr(owner, name), passed))
+    options = {"random_orders": 1, "gen_args": {"max_new_tokens": 90}}
+    found = calibrate_metric(
+        wrapped, open_ended, DELETION, attribute_args={"batch_size": 4}, **options
+    )
+    assert [one["gen_args"] for one in passed] == [options["gen_args"]] * 4
+    assert [one.get("batch_size") for one in passed] == [4, None, 4, None]
+    expected = calibrate_metric(wrapped, given, DELETION, **options)
+    assert found.means[DELETION] == expected.means[DELETION]
+    assert found.means[DELETION]["truth"].mean < 0.3
+
+
+def recorded(function, passed):
+    """The same function; its keywords are put down."""
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        passed.append(kwargs)
+        return function(*args, **kwargs)
+
+    return recording
+
+
 class TestVerdicts:
     """What counts as a win, on numbers that are given."""
 
@@ -373,6 +413,11 @@ class TestRefusals:
         """By name."""
         with pytest.raises(error, match=match):
             calibrate_metric(None, examples(given), **options)
+
+    def test_what_explains_must_be_ours(self):
+        """Captum's object alone has no graph."""
+        with pytest.raises(TypeError, match="cage: must be a GraphContextAttribution"):
+            calibrate_metric(cage().llm_attr, examples(2))
 
     def test_the_truth_must_be_known(self):
         """Of every example."""

@@ -46,10 +46,16 @@ from captum_cage.metrics import (
     recovery_at,
 )
 from captum_cage.metrics.scores import Probe
-from tiny import LocalProvider, tiny_model, tiny_tokenizer
+from tiny import ForwardOnly, LocalProvider, tiny_model, tiny_tokenizer
 
 ORDERS = ("result", "direct", "sequence", "one hop", "nearest")
 REGENERATED = [f"regenerated: {name}" for name in METRICS]
+
+
+@pytest.fixture(autouse=True)
+def unmarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No metric is marked; which ones are with the demo model is another matter."""
+    monkeypatch.setattr("captum_cage.metrics.evaluation.untrusted", lambda *_: "")
 
 
 @cache
@@ -876,27 +882,15 @@ class TestRefusals:
 
     def test_a_model_that_cannot_generate_is_refused(self, model, tokenizer):
         """Unless the text stays as it is."""
-
-        class Scorer(nn.Module):
-            device = model.device
-            config = model.config
-
-            def __init__(self) -> None:
-                super().__init__()
-                self.inner = model
-
-            def forward(self, input_ids: Any, **_: Any) -> Any:
-                return self.inner(input_ids)
-
         cage = GraphContextAttribution(
-            LLMAttribution(FeatureAblation(Scorer()), tokenizer)
+            LLMAttribution(FeatureAblation(ForwardOnly(model)), tokenizer)
         )
         inp = TokenIdsInput(tokenizer.encode("Ana has 3."), tokenizer)
         target = tokenizer.encode(" So she", add_special_tokens=False)
         result = cage.attribute(inp, target, explain=-1)
         with (
             counting(model) as asked,
-            pytest.raises(TypeError, match="Scorer came, which has no generate"),
+            pytest.raises(TypeError, match="ForwardOnly came, which has no generate"),
         ):
             result.evaluate(["span: rise", "regenerated: rise"])
         assert not asked["passed"]

@@ -750,3 +750,32 @@ class TestWork:
 
         with pytest.raises(TypeError, match="needs a model that can write the text"):
             regenerator(Scores(), case_of("ids", "word"))
+
+    def test_what_is_done_anyway_may_be_asked_for(self, model):
+        """Captum's own default among it: no sampling, and settings left open."""
+        case = case_of("ids", "word")
+        kept = np.ones((1, max(case.source) + 1), dtype=bool)
+        plain = {"max_new_tokens": 5}
+        asked = {**plain, "do_sample": False, "temperature": None, "top_p": None}
+        texts = [
+            regenerator(model, case, gen_args=one).drafts(kept)[0][0].turn
+            for one in (plain, asked)
+        ]
+        assert texts[0] == texts[1]
+
+    @pytest.mark.parametrize(
+        ("given", "error", "match"),
+        [
+            (3, TypeError, "gen_args: must be a mapping"),
+            (
+                {"max_new_tokens": 0},
+                ValueError,
+                r"gen_args\['max_new_tokens'\]: must be",
+            ),
+            ({"max_new_tokens": "9"}, TypeError, r"gen_args\['max_new_tokens'\]: must"),
+        ],
+    )
+    def test_arguments_of_generate_are_checked(self, model, given, error, match):
+        """Before the model is asked."""
+        with pytest.raises(error, match=match):
+            regenerator(model, case_of("ids", "word"), gen_args=given)

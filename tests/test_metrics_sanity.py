@@ -34,7 +34,7 @@ from captum_cage.metrics import (
     sensitivity,
 )
 from conftest import PROMPT, TARGET
-from tiny import LocalProvider, tiny_model
+from tiny import ForwardOnly, LocalProvider, tiny_model
 
 
 def explained(
@@ -559,17 +559,5 @@ def test_a_remote_model_has_no_weights(check, model, tokenizer):
 
 def test_a_model_without_embeddings_is_refused(model, tokenizer):
     """There is nothing to move."""
-
-    class Plain(nn.Module):
-        device = model.device
-        config = model.config
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
-
-        def forward(self, input_ids: Any, **_: Any) -> Any:
-            return self.inner(input_ids)
-
     with pytest.raises(TypeError, match="sensitivity: needs a model with embeddings"):
-        sensitivity(explained(Plain(), tokenizer))
+        sensitivity(explained(ForwardOnly(model), tokenizer))

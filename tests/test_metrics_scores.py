@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from captum_cage.metrics import METRICS, Score, ranked
-from captum_cage.metrics.scores import Probe
+from captum_cage.metrics import METRICS, Score, by_position, ranked
+from captum_cage.metrics.scores import Probe, shuffled
 
 Game = Callable[[frozenset[int], int], float]
 ORDERED = ("deletion", "insertion", "rise", "mas")
@@ -458,3 +458,37 @@ def test_a_metric_says_what_it_is(name):
 def test_a_score_is_told_with_its_error(score, text):
     """Where it has one; nothing is not minus nothing."""
     assert str(score) == text
+
+
+class TestOrders:
+    """Orders that know nothing, with the sizes of an attribution."""
+
+    scores = st.lists(st.integers(-3, 3), min_size=1, max_size=8)
+
+    @given(scores)
+    def test_by_position_the_last_has_the_highest(self, scores):
+        """The same numbers, rising strictly, equal ones by next to nothing."""
+        found = by_position(scores)
+        np.testing.assert_allclose(found, sorted(scores), rtol=0, atol=1e-10)
+        assert (np.diff(found) > 0).all()
+        assert ranked(found).tolist() == list(range(len(scores)))[::-1]
+
+    @given(scores, scores)
+    def test_a_random_order_is_that_of_the_seed(self, scores, others):
+        """Whatever the numbers are, which stay the same."""
+        size = min(len(scores), len(others))
+        found, other = (
+            shuffled(some[:size], np.random.default_rng(7)) for some in (scores, others)
+        )
+        np.testing.assert_allclose(
+            np.sort(found), sorted(scores[:size]), rtol=0, atol=1e-10
+        )
+        assert ranked(found).tolist() == ranked(other).tolist()
+
+    def test_every_order_is_as_likely(self):
+        """Of three sources all six come."""
+        rng = np.random.default_rng(0)
+        found = [tuple(ranked(shuffled([1, 0, 0], rng))) for _ in range(600)]
+        counts = [found.count(order) for order in set(found)]
+        assert len(counts) == 6
+        assert min(counts) > 60

@@ -142,3 +142,16 @@ class TestCoverage:
         """It would count as nothing."""
         with pytest.raises(ValueError, match="scores: must be one finite number"):
             coverage([1.0, np.nan], [0])
+
+
+def test_results_may_be_compared_as_they_are():
+    """By their scores, ours and Captum's alike."""
+
+    class Result:
+        seq_attr = np.array([1.0, 3.0, 2.0])
+
+    other = [2.0, 5.0, 9.0]
+    expected = agreement(Result.seq_attr, other)
+    assert expected == pytest.approx(0.5)
+    assert agreement(Result(), other) == agreement(other, Result()) == expected
+    assert agreement(Result(), Result()) == 1.0

@@ -473,6 +473,22 @@ class TestProbability:
             hidden.append(False)
         return float(np.exp(sum(logs)))
 
+    def test_it_keeps_no_more_than_the_context_has_room_for(self):
+        """A turn that ran away is cut at its end, so that the statement fits."""
+        tokenizer = tiny_tokenizer()
+        turn = " So she sells 9" * 4
+        start, own = tokenizer.encode("Ana has 3 pens."), tokenizer.encode(turn)
+        target = tokenizer.encode(self.TARGET)
+        room = len(start) + 7 + len(target)
+        model = small(max_position_embeddings=room)
+        found = self.value(model, drafts_of([turn])).samples(
+            np.ones((1, 3), dtype=bool)
+        )
+        hides = [False] * len(start)
+        expected = self.slowly(model, [*start, *own[:7]], hides, self.TARGET)
+        assert len(own) > 7
+        np.testing.assert_allclose(found[0], expected, rtol=1e-9)
+
     @pytest.mark.parametrize("hidden", [(), (1, 3)])
     def test_it_follows_what_stands_before_the_statement(self, hidden):
         """Or as many sentences as stood there, where it does not occur."""

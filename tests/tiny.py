@@ -317,3 +317,20 @@ class LocalProvider:
         scores = torch.log_softmax(logits, dim=-1)
         places = range(len(ids) - count, len(ids))
         return [float(scores[i - 1, ids[i]]) for i in places]
+
+
+class ForwardOnly(torch.nn.Module):
+    """A causal model that has nothing but its forward pass.
+
+    Args:
+        inner: the model it asks.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        self.inner = inner
+        self.config, self.device = inner.config, inner.device
+
+    def forward(self, input_ids: Any, **_: Any) -> Any:
+        """What the model gives for the ids alone."""
+        return self.inner(input_ids)

@@ -13,7 +13,7 @@ import numpy as np
 from captum.attr import InterpretableInput, TextTokenInput
 from tqdm.auto import tqdm
 
-from captum_cage._checks import complaint, whole_number
+from captum_cage._checks import complaint, shown, whole_number
 from captum_cage.metrics.datasets import Example
 from captum_cage.metrics.scores import by_position
 from captum_cage.metrics.statistics import Comparison, Estimate, compare_all, estimate
@@ -134,6 +134,8 @@ def calibrate_metric(
     *,
     units: Any = "sentence",
     as_input: Callable[[Example], InterpretableInput] | None = None,
+    gen_args: Mapping[str, Any] | None = None,
+    attribute_args: Mapping[str, Any] | None = None,
     resamples: int = 9999,
     seed: int = 0,
     show_progress: bool = False,
@@ -156,6 +158,10 @@ def calibrate_metric(
         units (optional): as in ``cage.attribute``. Default: ``"sentence"``
         as_input (Callable, optional): the input for an example. Default: its prompt as
             a ``TextTokenInput``
+        gen_args (Mapping, optional): for the model's ``generate``, where an example
+            has no fixed text, and where texts are written again. Default: None
+        attribute_args (Mapping, optional): more for ``cage.attribute``, such as
+            ``n_samples``. Default: None
         resamples (int, optional): of the bootstrap. Default: ``9999``
         seed (int, optional): of random orders and of the bootstrap. Default: ``0``
         show_progress (bool, optional): show a progress bar. Default: ``False``
@@ -166,11 +172,21 @@ def calibrate_metric(
         Calibration: means, paired comparisons, and a verdict for each metric.
 
     Raises:
+        TypeError: if ``cage`` is no ``GraphContextAttribution``.
         ValueError: if an example has no known truth, or there are fewer than two.
     """
     listed = list(examples)
     _check(listed)
     whole_number("seed", seed, remedy="Pass a whole number.")
+    if not callable(getattr(cage, "attribute", None)) or not hasattr(cage, "llm_attr"):
+        raise TypeError(
+            complaint(
+                "cage",
+                "must be a GraphContextAttribution",
+                f"{shown(cage)} came",
+                "Pass GraphContextAttribution(llm_attr).",
+            )
+        )
     found: dict[str, dict[str, list[float]]] = {}
     better: dict[str, bool] = {}
     removal = ""
@@ -182,13 +198,17 @@ def calibrate_metric(
             if as_input is None
             else as_input(example)
         )
-        result = cage.attribute(inp, example.completion, units=units)
+        arguments: dict[str, Any] = {"units": units, **(attribute_args or {})}
+        if example.completion is None:
+            arguments["gen_args"] = gen_args
+        result = cage.attribute(inp, example.completion, **arguments)
         result = result.explaining(example.explained_in(result.generated_text))
         gold = example.gold_in(result)
         tested = result.evaluator(
             sources=example.sources_in(result),
             statement=example.statement,
             seed=seed + number,
+            gen_args=gen_args,
             **options,
         )
         chosen = example.sources_in(result)

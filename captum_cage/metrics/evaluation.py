@@ -331,7 +331,7 @@ class Evaluator:
             away, among all of them; the others always stay. Default: all; those that a
             result makes leave special tokens out, such as the one that begins a text
         statement (optional): what must come out again, see :class:`Statement`.
-            Default: the explained text
+            Default: the explained text; of a trace, that of its last explained turn
         removal (str or MaskedRefill, optional): how sources are taken away:
             ``"delete"``, ``"baseline"``, ``"suppress"`` or a :class:`MaskedRefill`.
             Default: ``"delete"``; ``"baseline"`` where sources are no tokens
@@ -355,11 +355,9 @@ class Evaluator:
         calibration (Calibration, optional): which metrics are to be trusted, as
             :func:`calibrate_metric` found for this model and removal. Default: what was
             found on the demo model's problems
+        told (Sequence[str], optional): texts of all sources; a result with others is
+            refused. Default: None, not known
         show_progress (bool, optional): show progress bars. Default: ``False``
-
-    Attributes:
-        told (tuple[str, ...]): texts of all sources, which those of a result that is
-            tested must be; None where they are not known.
 
     Raises:
         TypeError: if an argument is of the wrong kind.
@@ -385,6 +383,7 @@ class Evaluator:
         random_orders: int = 5,
         batch_size: int | None = None,
         calibration: Calibration | None = None,
+        told: Sequence[str] | None = None,
         show_progress: bool = False,
     ) -> None:
         one_of("axis", axis, AXES)
@@ -398,7 +397,7 @@ class Evaluator:
                 )
             )
         self._calibration = calibration
-        self.told: tuple[str, ...] | None = None
+        self._told = None if told is None else tuple(told)
         if removal is None:
             removal = "delete" if task.reads_tokens else "baseline"
         self.task = task
@@ -600,15 +599,16 @@ class Evaluator:
                     error = float(np.std(several, ddof=1) / np.sqrt(len(several)))
                 chance[name] = Score(float(np.mean(several)), error)
             for name in infos:
-                value, kind = _value_of(name), name.split(": ")[-1]
+                value, _, kind = name.partition(": ")
+                if kind not in _DRAWN:
+                    continue
                 for order, own in given.items():
-                    probe = self._probe(value, own) if kind in _DRAWN else None
-                    if probe is not None and kind == "insertion":
+                    probe = self._probe(value, own)
+                    places[order] = probe.places
+                    if kind == "insertion":
                         insertions[order, value] = probe.insertion.mean(axis=1)
-                    elif probe is not None:
+                    else:
                         curves[order, value] = probe.deletion.mean(axis=1)
-                    if probe is not None:
-                        places[order] = probe.places
             reached, without = self._reached(infos)
         scores[RANDOM] = chance
         found = Evaluation(
@@ -629,7 +629,7 @@ class Evaluator:
         return found
 
     def _check_text(self, result: GraphAttributionResult) -> None:
-        if self.told is not None and tuple(result.input_tokens) != self.told:
+        if self._told is not None and tuple(result.input_tokens) != self._told:
             raise ValueError(
                 complaint(
                     "tested",
