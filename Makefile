@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test cover lint format types docs bench-smoke wheel-test clean
+.PHONY: help venv demo test cover lint format types docs gallery bench-smoke wheel-test clean
 
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
 VENV := .venv
@@ -65,8 +65,12 @@ format: $(STAMP) ## ruff writes what lint asks for
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-docs: $(STAMP) ## the examples in docstrings, README and docs are run, links are followed
+docs: $(STAMP) ## examples in docstrings and docs are run, links followed, the gallery made
 	$(TEST_ENV) $(BIN)/python -m pytest --doctest-modules captum_cage tests/test_docs.py
+	$(TEST_ENV) $(BIN)/python docs/gallery/make.py --check
+
+gallery: $(STAMP) ## docs/gallery is made anew
+	$(TEST_ENV) $(BIN)/python docs/gallery/make.py
 
 bench-smoke: $(STAMP) ## every benchmark in its smallest size
 	@set -e; for benchmark in benchmarks/[!_]*.py; do \

@@ -23,6 +23,7 @@ from scipy.sparse import csr_array, vstack
 
 from captum_cage._checks import complaint, whole_number
 from captum_cage._version import __version__
+from captum_cage.archive import replacing
 from captum_cage.explanation import Explanation
 from captum_cage.graph import AttributionGraph, RowsBehind
 from captum_cage.text import harmless
@@ -129,13 +130,9 @@ def write(text: str, path: str | os.PathLike[str]) -> None:
                 "Name another file.",
             )
         )
-    partial = target.with_name(target.name + ".partial")
-    try:
+    with replacing(target) as partial:
         # As bytes: another end of line would be another hash of the script.
         partial.write_bytes(text.encode("utf-8"))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def fitting_graph(graph: AttributionGraph, n_bytes: int) -> AttributionGraph:
@@ -456,6 +453,7 @@ def _rendered(fields: dict[str, Any], told: dict[str, Any]) -> str:
         signed=told["signed"],
         levels=[level["name"] for level in told["levels"]],
         whole=told["whole"],
+        mixed=len(told["generated"]) < len(told["starts"]) - told["cut"],
     )
 
 

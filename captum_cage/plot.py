@@ -114,13 +114,22 @@ def _cut(text: str, longest: int) -> str:
     """A text without its middle, where it is long."""
     if _cells(text) <= longest:
         return text
-    tail = longest // 3
-    kept = longest - tail - 1
-    while _cells(text[:kept]) > longest - tail - 1:
-        kept -= 1
-    while tail and _cells(text[-tail:]) > longest // 3:
-        tail -= 1
-    return f"{text[:kept].rstrip()}…{text[len(text) - tail :].lstrip()}"
+    mark = " … " if " " in text else "…"
+    room = longest - len(mark)
+    head = _beginning(text, room - room // 3)
+    end = _beginning(text[::-1], room // 3)[::-1]
+    return f"{head.rstrip()}{mark}{end.lstrip()}"
+
+
+def _beginning(text: str, room: int) -> str:
+    """As much of a text as there is room for, to the end of a word if one is near."""
+    kept = text[:room]  # a character that joins another one takes no room
+    while _cells(kept) > room:
+        kept = kept[:-1]
+    if not text[len(kept) :][:1].isspace():
+        words = kept.rpartition(" ")[0]
+        kept = words if 2 * len(words) > len(kept) else kept
+    return kept
 
 
 def _wrapped(text: str, width: int, most: int) -> list[str]:
@@ -144,9 +153,9 @@ def _source_name(result: Explanation, source: int) -> str:
         start, stop = unit.span
         before, after = text[max(start - _AROUND, 0) : start], text[stop:][:_AROUND]
         if start > _AROUND:
-            before = "…" + before.partition(" ")[2]
+            before = "… " + before.partition(" ")[2]
         if stop + _AROUND < len(text):
-            after = after.rpartition(" ")[0] + "…"
+            after = after.rpartition(" ")[0] + " …"
     name = _drawable(unit.text.strip()) or "␣"
     if not before.strip("… ") and not after.strip("… "):
         return name
@@ -453,7 +462,7 @@ def plot_sources(
     ):
         bars = ax.barh(places + offset, values, 0.38, label=label, **look)
         texts = [
-            _percent(value, is_signed) if abs(value) >= _TOLD else ""
+            _percent(value, is_signed) if abs(value) >= _TOLD else "0%"
             for value in values
         ]
         ax.bar_label(bars, texts, padding=3, fontsize=8)
@@ -462,10 +471,11 @@ def plot_sources(
     ax.tick_params(axis="y", labelsize=9, length=0)
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.axvline(0, color="black", linewidth=0.8)
-    ax.margins(x=0.12)
+    ax.margins(x=0.2 if is_signed else 0.12)  # room for numbers beside the bars
+    ax.xaxis.set_major_locator(MaxNLocator(6))
     ax.xaxis.set_major_formatter(PercentFormatter(1.0))
     ax.set_xlabel("share of the explained mass")
-    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["top", "right", *(["left"] if is_signed else [])]].set_visible(False)
     ax.legend(
         loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=2, fontsize=9, frameon=False
     )
@@ -613,7 +623,8 @@ def plot_graph(
     figure: Figure | SubFigure
     if ax is None:
         width, size = 9.0, 9.0
-        rows, height = _laid_out(result, units, width, size)
+        rows, needed = _laid_out(result, units, width, size)
+        height = needed
         figure, ax = plt.subplots(figsize=(width, height))
         figure.set_facecolor("white")
         ax.set_position((0.0, 0.0, 1.0, 1.0))
@@ -632,7 +643,7 @@ def plot_graph(
     _draw_arcs(ax, edges, {row.unit: row for row in rows}, width)
     room = max(int(width / (0.0078 * size)) - 4, _NARROWEST)
     lines = [line for part in told.split("\n") for line in _wrapped(part, room, 2)]
-    ax.text(0.1, height - 0.1, "\n".join(lines), fontsize=size - 1, va="bottom")
+    ax.text(0.1, needed - 0.1, "\n".join(lines), fontsize=size - 1, va="bottom")
     return figure, ax
 
 
@@ -706,7 +717,7 @@ def _laid_out(
             add(start, _wrapped(text, room, 3), 0.35 * line)
         else:
             add(None, [_gap(result, start, stop, room)], 0.35 * line)
-    return rows, top + 3.4 * line
+    return rows, top + 3.9 * line
 
 
 def _text_edges(width: float, size: float) -> tuple[float, float]:

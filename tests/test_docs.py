@@ -165,6 +165,16 @@ def test_relative_links_lead_somewhere(page):
 
 # --- the tables of base methods ------------------------------------------------------
 
+
+def test_the_gallery_shows_what_is_made():
+    """Each page has its picture and its link."""
+    gallery = ROOT / "docs" / "gallery"
+    shown = set(links(gallery / "README.md"))
+    made = {file.name for file in gallery.iterdir() if file.suffix in {".html", ".png"}}
+    assert made <= shown
+    assert len(made) == 14
+
+
 METHODS_PAGE = ROOT / "docs" / "methods.md"
 
 

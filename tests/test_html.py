@@ -15,9 +15,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_array
 
 from captum_cage import AttributionGraph, GraphAttributionResult, Unit, html
 from captum_cage.foils import Foil
+from captum_cage.graph import RowsBehind
 
 FACTS = ["Ana has 3 pens.", "Mia has 4 more pens than Ana.", "It is Monday."]
 STEPS = ["Mia has 3 + 4 = 7 pens.", "Indeed.", "The answer is 7."]
@@ -653,6 +655,44 @@ def test_a_drag_asks_about_a_span(shown):
     assert selected(view) == [4, 5, 6]
 
 
+def test_a_tap_asks_and_a_scroll_does_not(browser, tmp_path):
+    """On a phone, where a finger on the text may be there to move it."""
+    words = " ".join(f"word{i}." for i in range(300))
+    result = token_result("It is so.", words, [1])
+    result.to_html(tmp_path / "page.html")
+    with browser.new_context(
+        viewport={"width": 400, "height": 700}, has_touch=True
+    ) as context:
+        view = context.new_page()
+        view.goto((tmp_path / "page.html").as_uri())
+        texts = view.locator("#generated .u")
+        finger = context.new_cdp_session(view)
+
+        def drawn(*points):
+            kinds = ["touchStart", *(["touchMove"] * (len(points) - 1)), "touchEnd"]
+            for kind, at in zip(kinds, [*points, None], strict=True):
+                touches = [] if at is None else [{"x": at[0], "y": at[1]}]
+                event = {"type": kind, "touchPoints": touches}
+                finger.send("Input.dispatchTouchEvent", event)
+
+        texts.nth(7).tap()
+        assert selected(view) == [7]
+        before = view.evaluate("scrollY")
+        box = texts.nth(40).bounding_box()
+        drawn(*((box["x"] + 5, box["y"] + 5 - way) for way in range(0, 200, 15)))
+        settle(view)
+        assert view.evaluate("scrollY") > before
+        assert selected(view) == [7]
+        view.reload()  # it may be scrolling still
+        boxes = {place: texts.nth(place).bounding_box() for place in range(10, 20)}
+        first = min(boxes, key=lambda place: boxes[place]["x"])  # of its line
+        y = boxes[first]["y"] + boxes[first]["height"] / 2
+        drawn(*((boxes[first]["x"] + way, y) for way in range(5, 250, 40)))
+        span = selected(view)
+        assert span[0] == first
+        assert span[-1] > first + 1
+
+
 def test_all_can_be_done_by_keyboard(shown):
     """Arrows move, shift extends, enter selects; the focus is seen."""
     view = shown(token_result("It is so. It was.", "Yes it is. Now 3 + 4 = 7.", [1]))
@@ -727,6 +767,47 @@ def test_larger_units_are_shown_with_summed_mass(shown):
     view.locator("#generated .u").first.click()
     assert selected(view) == [0, 1, 2]
     assert "solved as tokens" in view.inner_text("#grouping")
+
+
+@pytest.mark.parametrize("name", ["plain", "signed", "contrast"])
+def test_mass_counts_once_for_a_group_that_it_comes_into(shown, name):
+    """However many of its units it then passes through."""
+    signed = name != "plain"
+    rows = random_rows(4, 12, 7, signed=signed)
+    behind, foils = None, []
+    if name == "contrast":
+        first = random_rows(4, 12, 8, signed=True)[[10]]
+        behind = RowsBehind(np.array([10]), csr_array(rows[[10]]), np.ones(1))
+        rows[10] = first[0]
+        foils = [Foil(10, " 7", " 9")]
+    graph = AttributionGraph.from_rows(
+        rows, 4, "signed" if signed else "positive", behind=behind
+    )
+    texts = ["Rain fell. Snow fell.", "So it is. Or it was so. Is it not so then?"]
+    units = []
+    for text, generated in zip(texts, (False, True), strict=True):
+        spans = [found.span() for found in re.finditer(r"\s*\S+", text)]
+        units += [Unit(text[slice(*span)], generated, span) for span in spans]
+    result = GraphAttributionResult(
+        graph,
+        units,
+        [9, 10],
+        source_text=texts[0],
+        generated_text=texts[1],
+        meta={"units": "word"},
+        foils=foils,
+    )
+    view = shown(result)
+    view.check("input[name=level][value='1']", force=True)
+    settle(view)
+    flow = graph.flow(result.weights).toarray()
+    found = view.evaluate("captumCage.groups()")
+    assert [len(group["units"]) for group in found] == [2, 2, 3, 4, 5]
+    for group in found:
+        outside = np.setdiff1d(np.arange(16), group["units"])
+        later = [graph.generated_units.tolist().index(u) for u in outside if u >= 4]
+        entering = flow[np.ix_(later, group["units"])].sum()
+        assert group["mass"] == pytest.approx(entering / 2, abs=NOTHING)
 
 
 def test_a_path_lights_up_where_it_is_pointed_at(shown, by_hand):

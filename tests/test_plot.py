@@ -1,7 +1,7 @@
 """The pictures: what they show, that they stay bounded, and how they look.
 
 How they look is compared with small pictures without text, so that fonts do not matter.
-``python tests/test_plot.py`` draws those in tests/baseline_images anew: look at them.
+``PYTHONPATH=tests python tests/test_plot.py`` draws those in tests/baseline_images anew: look at them.
 """
 
 import inspect
@@ -303,7 +303,7 @@ def test_short_sources_are_named_with_the_words_around_them():
     row = np.zeros(10)
     row[2] = 1
     _, ax = made([row], texts, 9, [0]).plot_sources()
-    assert ax.get_yticklabels()[0].get_text() == "Ana has «3» pens and Leo…"
+    assert ax.get_yticklabels()[0].get_text() == "Ana has «3» pens and Leo …"
 
 
 def test_hops_are_curves_of_the_cut_series():

@@ -156,25 +156,51 @@
       leaked += mass * first.leak[row];
       unresolved += mass * first.leftOut[row];
     });
-    // What passes by the common rows; the map's arcs need it before first rows are added.
-    const handed = { net: Float64Array.from(net.mass), startedFirst: net.startedFirst };
+    // What passes by the common rows; flows between units need it before first rows are added.
+    const handed = { net: Float64Array.from(net.mass), all: Float64Array.from(all.mass), startedFirst: net.startedFirst };
     for (const one of new Set([net, all])) {
       one.startedFirst.forEach((mass, row) => { one.mass[unitOf[first.steps[row]]] += mass; });
     }
     const positive = net.mass.map((mass, unit) => Math.max((all.mass[unit] + mass) / 2, 0));
     const negative = net.mass.map((mass, unit) => Math.max((all.mass[unit] - mass) / 2, 0));
-    // What reaches a unit is what passes through it or stops there, less its own weight.
-    const reached = (signs) => signs.mass.map((mass, unit) => mass + signs.left[unit] - own[unit]);
-    const [netReached, allReached] = [reached(net), reached(all)];
+    // What arrives at a unit ends, passes through or stops there, less its own weight.
+    const arrived = (signs) => signs.mass.map((mass, unit) => mass + signs.left[unit] - own[unit]);
     return {
-      steps, hops, own, handed, leaked, unresolved, total: steps.length,
-      mass: net.mass, positive, negative,
-      reached: {
-        net: netReached,
-        positive: netReached.map((value, unit) => Math.max((allReached[unit] + value) / 2, 0)),
-        negative: netReached.map((value, unit) => Math.max((allReached[unit] - value) / 2, 0)),
-      },
+      steps, handed, leaked, unresolved, total: steps.length,
+      mass: net.mass, positive, negative, arrived: { net: arrived(net), all: arrived(all) },
     };
+  }
+
+  /** Visit the flow of mass along each edge: from a unit to an earlier one, net and in absolute values. */
+  function eachFlow({ handed: { net, all, startedFirst } }, visit) {
+    const along = (matrix, row, unit, netMass, allMass) => {
+      for (let i = matrix.indptr[row]; i < matrix.indptr[row + 1]; i++) {
+        visit(unit, matrix.columns[i], netMass * matrix.values[i], allMass * Math.abs(matrix.values[i]));
+      }
+    };
+    for (let step = 0; step < G; step++) {
+      const unit = unitOf[step];
+      if (all[unit] !== 0) along(rows, step, unit, net[unit], all[unit]);
+    }
+    startedFirst.forEach((mass, row) => { if (mass) along(first, row, unitOf[first.steps[row]], mass, mass); });
+  }
+
+  /**
+   * The mass that comes to each group of units from outside of it. The flow inside a
+   * group is left out, or mass would count once for each unit that it passes through.
+   */
+  function arrivedIn(solved, groupOf, count) {
+    const [net, all] = [new Float64Array(count), new Float64Array(count)];
+    for (let unit = 0; unit < N; unit++) {
+      net[groupOf[unit]] += solved.arrived.net[unit];
+      all[groupOf[unit]] += solved.arrived.all[unit];
+    }
+    eachFlow(solved, (from, to, netFlow, allFlow) => {
+      if (groupOf[from] !== groupOf[to]) return;
+      net[groupOf[to]] -= netFlow;
+      all[groupOf[to]] -= allFlow;
+    });
+    return { net, all };
   }
 
   // --- the best paths -----------------------------------------------------------------
@@ -405,6 +431,7 @@
   const LABELLED = 10; // units of each text whose number is written beside them
   const LEAST_LABELLED = 0.005;
   const MOST_ARCS = 60;
+  const LEAST_ARC = 0.1; // of the heaviest path's share; lighter ones have arcs when they are pointed at
   const LONG_MAP = 24; // rows; a longer map leaves out those without mass
 
   const asked = told.explained;
@@ -421,32 +448,29 @@
   let answer; // of `solve`, for what is selected
   let direct; // the same without the graph
   let shown = []; // groups of units with their elements, in reading order
-  let ofUnit = new Map(); // unit -> its group
+  const placeOf = new Int32Array(N); // of each unit, the number of its group
   let found = []; // best paths
 
   function percent(share) {
     const size = Math.abs(share);
     const sign = share < 0 ? "−" : "";
     if (size === 0) return "0%";
-    if (size < 0.0005) return `${sign}<0.1%`;
+    if (size < 0.0005) return share < 0 ? ">−0.1%" : "<0.1%";
     const digits = size < 0.0995 ? 1 : 0;
     return `${sign}${(size * 100).toFixed(digits).replace(/\.0$/, "")}%`;
   }
 
-  /** The mass of each unit as the switches want it, by unit. */
-  function viewed(solved) {
-    const ends = { net: solved.mass, positive: solved.positive, negative: solved.negative }[state.sign];
-    const reached = solved.reached[state.sign];
-    return reached.map((mass, unit) => (stepOf[unit] < 0 ? ends[unit] : mass));
+  /** Masses of units or groups, as the switch for signs wants them. */
+  function signed({ net, all }) {
+    if (state.sign === "net") return net;
+    const way = state.sign === "positive" ? 1 : -1;
+    return net.map((mass, place) => Math.max((all[place] + way * mass) / 2, 0));
   }
-
-  const sumOver = (units, masses) => units.reduce((sum, unit) => sum + masses[unit], 0);
 
   /** Write both texts into the page, one element for each group of units. */
   function writeTexts() {
     const { groups } = told.levels[state.level];
     shown = [];
-    ofUnit = new Map();
     for (const side of [0, 1]) {
       const box = boxes[side];
       const text = told.texts[side];
@@ -495,7 +519,7 @@
     const group = { ...cell, steps, text, element: made, around, place: shown.length };
     made.dataset.place = group.place;
     shown.push(group);
-    for (const unit of cell.units) ofUnit.set(unit, group);
+    for (const unit of cell.units) placeOf[unit] = group.place;
     box.append(...[around[0], made, around[1]].filter(Boolean));
     return group;
   }
@@ -513,10 +537,11 @@
   }
 
   function shade() {
-    const masses = viewed(answer);
+    const [masses, alone] = [answer, direct].map((solved) => signed(arrivedIn(solved, placeOf, shown.length)));
     const chosen = new Set(state.steps);
     for (const group of shown) {
-      group.mass = sumOver(group.units, masses) / answer.total;
+      group.mass = masses[group.place] / answer.total;
+      group.direct = alone[group.place] / answer.total;
       group.chosen = group.steps.filter((step) => chosen.has(step)).length;
       group.selected = group.chosen > 0;
     }
@@ -612,12 +637,11 @@
     const text = selectedText();
     byId("selected").textContent = "";
     appendText(byId("selected"), text.trim() || text);
-    const masses = viewed(answer);
     let [sources, against] = [0, 0];
     for (let one = 0; one < N; one++) {
       if (stepOf[one] >= 0) continue;
-      sources += told.signed ? answer.positive[one] : masses[one];
-      against += told.signed ? answer.negative[one] : 0;
+      sources += answer.positive[one];
+      against += answer.negative[one];
     }
     const parts = [
       ["sources", sources / total], ["against", against / total],
@@ -641,7 +665,7 @@
     byId("unresolved").textContent = percent(answer.unresolved / total);
     const grouping = byId("grouping");
     grouping.hidden = state.level === 0;
-    grouping.textContent = `Shown in ${told.levels[state.level].name}: the masses of ${unit}, solved as ${unit}, are added up for display. `
+    grouping.textContent = `Shown in ${told.levels[state.level].name}: the masses of ${unit}, solved as ${unit}, are added up for display; what passes through generated text counts where it comes in. `
       + `An explanation whose units are ${told.levels[state.level].name} would give other numbers, as grouping before the solve is not the same as grouping after it.`;
     if (byId("cut")) {
       byId("cut").textContent = `The whole graph does not fit into this page, so it holds the heaviest entries of each row only, rounded down. `
@@ -742,7 +766,7 @@
     state.lit = place;
     for (const group of shown) group.element.classList.remove("lit");
     const path = found[place];
-    if (path) for (const unit of path.units) ofUnit.get(unit)?.element.classList.add("lit");
+    if (path) for (const unit of path.units) shown[placeOf[unit]].element.classList.add("lit");
     for (const button of byId("paths").querySelectorAll(".path")) {
       const own = Number(button.dataset.path);
       button.classList.toggle("lit", own === place);
@@ -755,7 +779,7 @@
     drawArcs();
   }
 
-  /** The middle of a group's first line, within the part of its box that can be seen. */
+  /** The upper edge of a group's first line, within the part of its box that can be seen. */
   function anchor(group, frame) {
     const box = boxes[group.side].getBoundingClientRect();
     const [rect] = group.element.getClientRects();
@@ -763,7 +787,7 @@
     const inside = (value, low, high) => Math.min(Math.max(value, low), high);
     return [
       inside(rect.left + Math.min(rect.width / 2, 60), box.left, box.right) - frame.left,
-      inside(rect.top + rect.height / 2, box.top + 4, box.bottom - 4) - frame.top,
+      inside(rect.top + 2, box.top + 4, box.bottom - 4) - frame.top,
     ];
   }
 
@@ -772,25 +796,26 @@
     svg.replaceChildren();
     const frame = byId("texts").getBoundingClientRect();
     const order = found.map((_, place) => place).filter((place) => place !== state.lit);
-    const drawnPaths = byId("arcs-on").checked && state.lit < 0 ? order.slice(0, PATHS) : [];
+    const isHeavy = (place) => Math.abs(found[place].share) >= LEAST_ARC * Math.abs(found[0].share);
+    const drawnPaths = byId("arcs-on").checked && state.lit < 0 ? order.slice(0, PATHS).filter(isHeavy) : [];
     if (state.lit >= 0) drawnPaths.push(state.lit);
     const seen = new Set();
     for (const place of drawnPaths) {
       const path = found[place];
       for (let i = 1; i < path.units.length; i++) {
-        const [from, to] = [ofUnit.get(path.units[i - 1]), ofUnit.get(path.units[i])];
+        const [from, to] = [shown[placeOf[path.units[i - 1]]], shown[placeOf[path.units[i]]]];
         if (from === to) continue;
         const key = `${from.place}-${to.place}`;
         if (seen.has(key)) continue;
         seen.add(key);
         const [a, b] = [anchor(from, frame), anchor(to, frame)];
         if (!a || !b) continue;
-        const bend = Math.min(60, 12 + Math.hypot(a[0] - b[0], a[1] - b[1]) / 6);
-        const [x, y] = [(a[0] + b[0]) / 2, Math.min(a[1], b[1]) - bend + Math.abs(a[1] - b[1]) / 3];
+        // It leaves and arrives from above, so that no line is struck through.
+        const bend = Math.min(60, 14 + Math.hypot(a[0] - b[0], a[1] - b[1]) / 6);
         const width = 1.2 + 4 * Math.sqrt(Math.abs(path.share));
         const isLit = place === state.lit;
         svg.append(drawn("path", {
-          d: `M${a[0]} ${a[1]} Q${x} ${y} ${b[0]} ${b[1]}`, "stroke-width": width.toFixed(2), class: isLit ? "" : "faint",
+          d: `M${a[0]} ${a[1]} C${a[0]} ${a[1] - bend} ${b[0]} ${b[1] - bend} ${b[0]} ${b[1]}`, "stroke-width": width.toFixed(2), class: isLit ? "" : "faint",
         }));
         if (isLit) svg.append(drawn("circle", { cx: b[0], cy: b[1], r: width / 2 + 2 }));
       }
@@ -829,20 +854,12 @@
   /** The mass that flows between sentences, heaviest first. */
   function flows() {
     const sums = new Map();
-    const add = (matrix, row, mass, unit) => {
-      for (let i = matrix.indptr[row]; i < matrix.indptr[row + 1]; i++) {
-        const [from, to] = [mapRowOf[unit], mapRowOf[matrix.columns[i]]];
-        if (from !== to) {
-          const key = from * mapGroups.length + to;
-          sums.set(key, (sums.get(key) ?? 0) + mass * matrix.values[i]);
-        }
-      }
-    };
-    const { net, startedFirst } = answer.handed;
-    for (let step = 0; step < G; step++) {
-      if (net[unitOf[step]] !== 0) add(rows, step, net[unitOf[step]], unitOf[step]);
-    }
-    startedFirst.forEach((mass, row) => { if (mass) add(first, row, mass, unitOf[first.steps[row]]); });
+    eachFlow(answer, (later, earlier, mass) => {
+      const [from, to] = [mapRowOf[later], mapRowOf[earlier]];
+      if (from === to) return;
+      const key = from * mapGroups.length + to;
+      sums.set(key, (sums.get(key) ?? 0) + mass);
+    });
     return [...sums].map(([key, mass]) => ({
       from: Math.floor(key / mapGroups.length), to: key % mapGroups.length, mass: mass / answer.total,
     }));
@@ -853,7 +870,7 @@
   function writeMap() {
     const box = byId("map");
     const focused = box.contains(document.activeElement) ? document.activeElement.dataset.row : undefined;
-    const masses = viewed(answer);
+    const masses = signed(arrivedIn(answer, mapRowOf, mapGroups.length));
     const chosen = new Set(state.steps);
     mapArcs = holding(flows(), state.keep).slice(0, MOST_ARCS);
     const used = new Set(mapArcs.flatMap((arc) => [arc.from, arc.to]));
@@ -875,7 +892,7 @@
       const row = element(steps.length ? "button" : "div", "row");
       if (steps.length) row.type = "button";
       row.dataset.row = number;
-      const mass = sumOver(group.units, masses) / answer.total;
+      const mass = masses[number] / answer.total;
       row.classList.toggle("selected", selected && count === steps.length);
       row.classList.toggle("partly", selected && count < steps.length);
       row.classList.toggle("none", !selected && !used.has(number));
@@ -891,7 +908,7 @@
       if (group.side !== side) {
         closeGap();
         side = group.side;
-        made.push(element("p", "side", side ? "Generated text" : "Prompt"));
+        made.push(element("p", "side", byId(side ? "generated-title" : "source-title").textContent));
       }
       const selected = group.units.some((unit) => chosen.has(stepOf[unit]));
       if (isLong && !selected && !used.has(number)) {
@@ -966,6 +983,7 @@
 
   let anchorGroup = null; // where a drag or an extension began
   let dragging = false;
+  let touched = null; // a group and where a finger is on it, which may be about to scroll
 
   /** What is selected changes at most once per frame: drags bring many events. */
   let waiting = false;
@@ -995,8 +1013,7 @@
 
   function csv() {
     const all = solve(state.steps, null);
-    const now = viewed(answer);
-    const value = (solved, unit) => (stepOf[unit] < 0 ? solved.mass[unit] : solved.reached.net[unit]);
+    const now = signed(answer.arrived);
     const head = ["unit", "kind", "selected", "direct", "all_paths", "shown"];
     if (told.signed) head.push("for", "against");
     const lines = [[...head, "text_json"].join(",")];
@@ -1004,11 +1021,11 @@
     for (let unit = 0; unit < N; unit++) {
       const cellsOfLine = [
         unit, stepOf[unit] < 0 ? "source" : "generated", chosen.has(stepOf[unit]) ? 1 : 0,
-        value(direct, unit), value(all, unit), now[unit],
+        direct.arrived.net[unit], all.arrived.net[unit], now[unit],
       ];
       if (told.signed) {
-        const part = (sign) => (stepOf[unit] < 0 ? answer[sign][unit] : answer.reached[sign][unit]);
-        cellsOfLine.push(part("positive"), part("negative"));
+        const [net, whole] = [answer.arrived.net[unit], answer.arrived.all[unit]];
+        cellsOfLine.push(Math.max((whole + net) / 2, 0), Math.max((whole - net) / 2, 0));
       }
       // As JSON, so that no spreadsheet takes a text such as =1+1 for a formula.
       cellsOfLine.push(`"${JSON.stringify(textOf(unit)).replace(/"/g, '""')}"`);
@@ -1038,13 +1055,11 @@
       box.textContent = "\u00a0";
       return;
     }
-    const { total } = answer;
-    const value = (solved) => sumOver(group.units, viewed(solved)) / total;
     const kind = group.steps.length ? "passes through" : "ends here";
     const name = group.units.length === 1 ? `unit ${group.units[0]}` : `units ${group.units[0]}–${group.units[group.units.length - 1]}`;
     const text = oneLine(plain(group.text));
     box.textContent = `\u2068${text.length > 60 ? `${text.slice(0, 59)}…` : text}\u2069 (${name}): `
-      + `${percent(value(answer))} ${kind}${state.hops === 0 ? "" : `; direct ${percent(value(direct))}`}`
+      + `${percent(group.mass)} ${kind}${state.hops === 0 ? "" : `; direct ${percent(group.direct)}`}`
       + `${group.selected ? "; selected" : ""}.`;
   }
 
@@ -1069,18 +1084,27 @@
     if (event.target.hasPointerCapture?.(event.pointerId)) event.target.releasePointerCapture(event.pointerId);
     if (!(event.shiftKey && anchorGroup)) anchorGroup = group;
     dragging = true;
+    if (event.pointerType === "touch") {
+      touched = { group, x: event.clientX, y: event.clientY };
+      return;
+    }
     moveFocus(group);
     select(stepsBetween(anchorGroup, group));
   });
   boxes[1].addEventListener("pointermove", (event) => {
     if (!dragging) return;
     const group = groupAt(document.elementFromPoint(event.clientX, event.clientY));
-    if (isGenerated(group)) select(stepsBetween(anchorGroup, group));
+    if (!isGenerated(group) || group === touched?.group) return;
+    if (touched && Math.abs(event.clientX - touched.x) <= Math.abs(event.clientY - touched.y)) return;
+    touched = null;
+    select(stepsBetween(anchorGroup, group));
   });
   for (const name of ["pointerup", "pointercancel"]) {
     document.addEventListener(name, () => {
-      if (dragging) revealAnswer();
-      dragging = false;
+      // A finger that is taken off again has chosen; one that scrolls has not.
+      if (touched && name === "pointerup") select(touched.group.steps);
+      if (dragging && !touched) revealAnswer();
+      [dragging, touched] = [false, null];
     });
   }
 
@@ -1147,7 +1171,7 @@
     const place = pathOf(event);
     if (place < 0) return;
     state.pinned = state.pinned === place ? -1 : place;
-    for (const unit of found[place].units) reveal(ofUnit.get(unit));
+    for (const unit of found[place].units) reveal(shown[placeOf[unit]]);
     relight(place);
   });
   byId("more").addEventListener("click", () => {
@@ -1209,6 +1233,8 @@
     },
     paths: (k = PATHS, steps = state.steps) => bestPaths([...steps], k),
     selected: () => [...state.steps],
+    /** What is shown as one, and its share. */
+    groups: () => shown.map(({ units, mass }) => ({ units: [...units], mass })),
     csv,
     /** Milliseconds that it takes to select some steps and lay the page out again. */
     timed(steps) {
