@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 __all__ = ["Arrays", "not_a_result", "read", "replacing", "write"]
 
@@ -56,7 +56,7 @@ def write(
         if Path(path).suffix.lower() == ".safetensors":
             # It writes memory as it lies, so each array must be in C order.
             ordered = {name: np.array(a, order="C") for name, a in arrays.items()}
-            save_file(ordered, partial, {_HEADER: text})
+            partial.write_bytes(save(ordered, {_HEADER: text}))
             return
         encoded = np.frombuffer(text.encode("ascii"), dtype=np.uint8)
         with partial.open("wb") as file:

@@ -406,6 +406,9 @@ class _Output:
     ) -> None:
         """Write the files, then print the result."""
         self.save(result)
+        files = [self.save_file, self.html_file, *self.export_files]
+        if written := [str(path) for path in files if path is not None]:
+            self.note(f"wrote {', '.join(written)}")
         if self.json_file is not None:
             numbers = result.to_dict()
             if checks:

@@ -40,6 +40,15 @@ def test_arrays_and_header_come_back(name, tmp_path):
         assert arrays[key].tobytes() == array.tobytes()
 
 
+@pytest.mark.parametrize("name", ["file.npz", "x.safetensors"])
+def test_a_file_may_be_read_by_whoever_may_read_others(name, tmp_path):
+    """Its mode is that of any new file."""
+    other, path = tmp_path / "other", tmp_path / name
+    other.touch()
+    write(path, HEADER, ARRAYS)
+    assert path.stat().st_mode == other.stat().st_mode
+
+
 def test_json_has_no_arrays(tmp_path):
     """It says all by itself."""
     path = tmp_path / "file"

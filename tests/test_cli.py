@@ -870,7 +870,8 @@ class TestShow:
         """Of a saved result and of a new one: the page of the very result."""
         page = tmp_path / "page.html"
         done = run("show", saved, "--html", page)
-        assert (done.exit_code, done.stderr) == (0, "")
+        told = (0, f"captum-cage: wrote {page}\n")
+        assert (done.exit_code, done.stderr) == told
         assert 'Explained: "The answer is 7."' in done.stdout
         result = GraphAttributionResult.load(saved)
         assert page.read_text(encoding="utf-8") == result.to_html()

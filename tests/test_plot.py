@@ -1,7 +1,8 @@
 """The pictures: what they show, that they stay bounded, and how they look.
 
 How they look is compared with small pictures without text, so that fonts do not matter.
-``PYTHONPATH=tests python tests/test_plot.py`` draws those in tests/baseline_images anew: look at them.
+``PYTHONPATH=tests python tests/test_plot.py`` draws those in tests/baseline_images
+anew: look at them.
 """
 
 import inspect
@@ -297,6 +298,13 @@ def test_sources_are_bars_of_both_kinds():
     assert labels == ["the first fact", "the second one", "2 more"]
 
 
+def test_nothing_is_told_as_nothing():
+    """A source that the row alone does not know has a number, not a gap."""
+    result = made([[1, 0, 0, 0], [0, 1, 3, 0]], ["a", "b", "c", "d"], 2, [1])
+    _, ax = result.plot_sources()
+    assert [text.get_text() for text in ax.texts] == ["0%", "25.0%", "75.0%", "25.0%"]
+
+
 def test_short_sources_are_named_with_the_words_around_them():
     """A token alone says little."""
     texts = [*"Ana has 3 pens and Leo has 5 cups".replace(" ", "@ ").split("@"), " x"]
@@ -390,6 +398,24 @@ def test_units_are_bounded_and_what_lies_between_is_counted():
         int(text.split()[1]) for text in texts_of(figure) if text.startswith("⋮")
     ]
     assert sum(counted) + len(boxes(ax)) == 900
+
+
+def test_what_lies_between_is_quoted_by_whole_words():
+    """Its begin and its end, as long as there is room for."""
+    rng = np.random.default_rng(0)
+    words = ["ka", "lomi", "nesutora", "vi.", "tokalo"]
+    texts = [f" {rng.choice(words)}" for _ in range(90)]
+    rows = np.zeros((1, 90))
+    rows[0, [0, 40, 88]] = 1, 2, 1
+    _, ax = made(rows, texts, 89, [0]).plot_graph()
+    gaps = [text.get_text() for text in ax.texts if text.get_text().startswith("⋮")]
+    assert len(gaps) == 2
+    for gap, (start, stop) in zip(gaps, ((1, 40), (41, 88)), strict=True):
+        between = "".join(texts[start:stop]).split()
+        head, tail = (part.split() for part in gap.partition(": ")[2].split(" … "))
+        assert head == between[: len(head)]
+        assert tail == between[-len(tail) :]
+        assert 60 < len(gap) < 110
 
 
 def test_masses_stand_beside_the_units():
