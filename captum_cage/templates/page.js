@@ -352,7 +352,7 @@
   }
 
   function drawn(name, attributes) {
-    const made = document.createElementNS("http://www.w3.org/2000/svg", name);
+    const made = document.createElementNS(byId("arcs").namespaceURI, name);
     for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
     return made;
   }

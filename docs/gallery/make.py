@@ -238,16 +238,16 @@ def make(folder: Path, names: Sequence[str]) -> None:
         print(f"{name}: {explain.__doc__}")
 
 
-def held(page: Path) -> tuple[str, dict[str, Any]]:
-    """The title of a page, and its data but for the numbers."""
-    text = page.read_text(encoding="utf-8")
-    title, data = (
-        re.findall(f"<{element}>(.*?)</", text, re.DOTALL)[0]
-        for element in ("title", 'script type="application/json" id="data"')
+def held(page: Path) -> tuple[list[str], dict[str, Any]]:
+    """The parts of a page around its data, and its data but for the numbers."""
+    begin, data, end = re.split(
+        '(?<=id="data">)(.*?)(?=</script>)',
+        page.read_text(encoding="utf-8"),
+        maxsplit=1,
     )
-    numbers = ("rows", "first")
-    told = json.loads(data).items()
-    return title, {name: value for name, value in told if name not in numbers}
+    told = json.loads(data)
+    told.update(rows=None, first=None)
+    return [begin, end], told
 
 
 def differences(made: Path, present: Path, names: Sequence[str]) -> list[str]:
