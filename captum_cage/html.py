@@ -303,15 +303,11 @@ def _utf16_places(text: str) -> list[int]:
 def _levels(explanation: Explanation) -> list[dict[str, Any]]:
     """The units, and the larger ones in which they can be shown."""
     given = str(explanation.meta.get("units"))
-    order = list(_NAMES)
-    size = order.index(given) if given in order else -1
     graph = explanation.graph
     levels: list[dict[str, Any]] = [
         {"name": _NAMES.get(given, "units"), "groups": None}
     ]
     for granularity in _LARGER:
-        if order.index(granularity) <= size:
-            continue
         sources, steps = explanation.regrouped(granularity)
         if len(sources) + len(steps) < graph.n_units:
             groups = np.zeros(graph.n_units, dtype=np.int64)

@@ -316,6 +316,35 @@ def test_larger_units_are_those_of_the_result():
     assert sums == pytest.approx(result.by("sentence").seq_attr.numpy())
 
 
+def test_no_group_holds_both_kinds():
+    """Sentences from outside stand beside generated ones, and keep apart."""
+    prompt, turns = "It is so.", ["Is it?", " It is.", " So be it."]
+    units = [Unit(prompt[slice(*s)], False, s) for s in ((0, 2), (2, 5), (5, 9))]
+    begin = 0
+    for number, turn in enumerate(turns):
+        for found in re.finditer(r"\s*\S+", turn):
+            span = (begin + found.start(), begin + found.end())
+            units.append(Unit(found[0], number != 1, span))
+        begin += len(turn)
+    mask = [not unit.generated for unit in units]
+    rows = random_rows(0, len(units), 7)[~np.array(mask)]
+    result = GraphAttributionResult(
+        AttributionGraph.from_rows(rows, mask),
+        units,
+        [4],
+        source_text=prompt,
+        generated_text="".join(turns),
+        meta={"units": "word"},
+    )
+    groups = data_of(result.to_html())["levels"][1]["groups"]
+    assert np.unique(groups, return_inverse=True)[1].tolist() == [
+        *(0, 0, 0),
+        *(2, 2),
+        *(1, 1),
+        *(3, 3, 3),
+    ]
+
+
 def test_no_larger_units_than_sentences_are_offered(by_hand):
     """Words in sentences, sentences as they are."""
     told = data_of(by_hand.to_html())
@@ -330,6 +359,13 @@ def test_the_title_tells_what_is_explained(by_hand):
     assert Reader(by_hand.to_html(title="A <title>")).text["title#"] == "A <title>"
     long = result_of([[1, 0]], ["One."], ["word " * 100], [0])
     assert "…” comes from" in Reader(long.to_html()).text["title#"]
+
+
+def test_text_from_outside_among_the_generated_has_its_heading(by_hand):
+    """A tool's result was not generated."""
+    heading = "Generated text and what came in between"
+    assert f">{heading}</h2>" in cases()["trace"].to_html()
+    assert ">Generated text</h2>" in by_hand.to_html()
 
 
 def test_the_header_names_what_was_done(by_hand):
@@ -741,16 +777,18 @@ def test_the_switches_change_what_is_shown(shown):
     view = shown(result)
     sources = range(result.graph.n_sources)
 
-    def numbers():
+    def numbers(column=5):
         settle(view)
         lines = view.evaluate("captumCage.csv()").splitlines()[1:]
-        return [float(lines[unit].split(",")[5]) for unit in sources]
+        return [float(lines[unit].split(",")[column]) for unit in sources]
 
     def choose(name, value):
         view.check(f"input[name={name}][value={value}]", force=True)
 
     parts = result.graph.explain_parts(result.weights)
     assert numbers() == pytest.approx(result.seq_attr.numpy(), abs=NOTHING)
+    assert numbers(6) == pytest.approx(parts.positive, abs=NOTHING)
+    assert numbers(7) == pytest.approx(parts.negative, abs=NOTHING)
     choose("sign", "positive")
     assert numbers() == pytest.approx(parts.positive, abs=NOTHING)
     choose("sign", "negative")
@@ -850,6 +888,31 @@ def test_a_path_lights_up_where_it_is_pointed_at(shown, by_hand):
     view.mouse.move(0, 0)
     assert lit.count() == 3
     assert view.locator("#paths .path").first.inner_text().split("\n")[0] == "56%"
+
+
+def test_a_path_of_words_is_told_in_sentences(shown):
+    """In which its own words stand out, those of one sentence together."""
+    result = token_result("It is so. It was.", "Yes it is. Now 3 + 4 = 7.", [8])
+    view = shown(result)
+    [path] = result.paths(1)
+    first = view.locator("#paths .path").first
+    told = first.locator("b").all_inner_texts()
+    assert sorted(told) == sorted(text.strip() for text in path.texts)
+    sentences = {"It is so.", "It was.", "Yes it is.", "Now 3 + 4 = 7."}
+    assert set(first.locator(".words").all_inner_texts()) <= sentences
+
+
+def test_light_paths_have_arcs_where_they_are_pointed_at(shown):
+    """Those of less than a tenth of the heaviest one's share."""
+    rows = [[9, 1, 0, 0], [0, 0.5, 10, 0]]
+    view = shown(result_of(rows, ["Fact 0.", "Fact 1."], ["Step.", "End."], [1]))
+    assert view.locator("#paths .path").count() == 3
+    assert view.locator("#arcs path").count() == 3  # End, Step, Fact 0 and Fact 1
+    view.locator("#paths .path").nth(2).hover()
+    assert view.locator("#arcs path").count() == 1
+    view.mouse.move(0, 0)
+    view.uncheck("#arcs-on")
+    assert view.locator("#arcs path").count() == 0
 
 
 def test_the_map_stays_readable_with_sixty_sentences(shown):
