@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -16,7 +18,9 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-__all__ = ["Arrays", "not_a_result", "read", "replacing", "write"]
+from captum_cage._checks import complaint, shown
+
+__all__ = ["Arrays", "not_a_result", "read", "replacing", "writable", "write"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -25,16 +29,51 @@ _ZIP = b"PK\x03\x04"
 _LENGTH = 8  # bytes; a safetensors file begins with the length of its own header
 
 
+def writable(where: str, path: str | os.PathLike[str]) -> Path:
+    """The path, if a file can be there.
+
+    Args:
+        where: the argument, as the user wrote it.
+        path: names the file.
+
+    Raises:
+        TypeError: if it is no path.
+        OSError: if it is a folder, or in none.
+    """
+    must, remedy = "must name a file that can be written", "Name another file."
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(complaint(where, must, f"{shown(path)} came", remedy))
+    file = Path(path)
+    if file.is_dir():
+        came = f"{str(file)!r} came and it is a folder"
+        raise IsADirectoryError(complaint(where, must, came, remedy))
+    if not file.parent.is_dir():
+        came = f"{str(file)!r} came and its folder does not exist"
+        raise FileNotFoundError(complaint(where, must, came, remedy))
+    return file
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A file beside the one that is meant, which takes its place at the end.
 
-    So that an interrupt leaves no half file.
+    So that an interrupt leaves no half file, and nobody reads one. A link stays a link
+    to the file that changes, and a file keeps its mode. What is no plain file, such as
+    a pipe, is written to as it is.
+
+    Raises:
+        TypeError: if ``path`` is no path.
+        OSError: if it is a folder, or in none, or cannot be written.
     """
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
+    target = Path(os.path.realpath(writable("path", path)))
+    if target.exists() and not target.is_file():
+        yield target
+        return
+    partial = target.with_name(f".{secrets.token_hex(8)}.partial")
     try:
         yield partial
+        if target.exists():
+            shutil.copymode(target, partial)
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
@@ -72,9 +111,19 @@ def read(path: str | os.PathLike[str]) -> tuple[Any, Arrays | None]:
         What the header says, and the arrays; None for JSON, which says it all.
 
     Raises:
+        TypeError: if ``path`` is no path.
         OSError: if the file cannot be read.
         ValueError: if it is of none of the forms, or damaged.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(
+            complaint(
+                "path",
+                "must name a file",
+                f"{shown(path)} came",
+                "Pass where the result was saved.",
+            )
+        )
     with Path(path).open("rb") as file:
         begin = file.read(_LENGTH + 1)
         size = file.seek(0, os.SEEK_END)

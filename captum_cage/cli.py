@@ -34,6 +34,7 @@ from typer.core import TyperGroup
 from captum_cage._captum import DEFAULT_GEN_ARGS
 from captum_cage._checks import complaint
 from captum_cage._version import __version__
+from captum_cage.archive import replacing, writable
 from captum_cage.attribution import GraphContextAttribution
 from captum_cage.demo import load_demo, sample_problems
 from captum_cage.demo.problems import KINDS
@@ -338,19 +339,8 @@ NoProgressOption = Annotated[
 
 def _check_writable(option: str, name: str | Path | None) -> None:
     """Refuse a file that could not be written."""
-    if name is None or name == "-":
-        return
-    path = Path(name)
-    if path.is_dir() or not path.parent.is_dir():
-        came = "it is a folder" if path.is_dir() else "its folder does not exist"
-        raise ValueError(
-            complaint(
-                option,
-                "must name a file that can be written",
-                f"{str(path)!r} came and {came}",
-                "Name another file.",
-            )
-        )
+    if name is not None and name != "-":
+        writable(option, name)
 
 
 @dataclass(frozen=True)
@@ -374,7 +364,6 @@ class _Output:
         _check_writable("--html", self.html_file)
         for path in self.export_files:
             checked_suffix(path, "--export")
-            _check_writable("--export", path)
 
     @property
     def shows_progress(self) -> bool:
@@ -406,20 +395,24 @@ class _Output:
     ) -> None:
         """Write the files, then print the result."""
         self.save(result)
-        files = [self.save_file, self.html_file, *self.export_files]
+        numbers = ""
+        if self.json_file is not None:
+            found = result.to_dict()
+            if checks:
+                found["checks"] = [check.to_dict() for check in checks]
+            if evaluation is not None:
+                found["evaluation"] = evaluation.to_dict()
+            numbers = json.dumps(found, allow_nan=False) + "\n"
+        json_file = None if self.json_file == "-" else self.json_file
+        if json_file is not None:
+            with replacing(json_file) as partial:
+                partial.write_text(numbers, encoding="ascii")
+        files = [json_file, self.save_file, self.html_file, *self.export_files]
         if written := [str(path) for path in files if path is not None]:
             self.note(f"wrote {', '.join(written)}")
-        if self.json_file is not None:
-            numbers = result.to_dict()
-            if checks:
-                numbers["checks"] = [check.to_dict() for check in checks]
-            if evaluation is not None:
-                numbers["evaluation"] = evaluation.to_dict()
-            text = json.dumps(numbers, allow_nan=False) + "\n"
-            if self.json_file == "-":
-                sys.stdout.write(text)
-                return
-            Path(self.json_file).write_text(text, encoding="utf-8")
+        if self.json_file == "-":
+            sys.stdout.write(numbers)
+            return
         if not self.quiet:
             view = TerminalView(
                 result, self.top, self.paths, seconds, truth, ends, checks
@@ -1277,7 +1270,8 @@ def methods(
         if json_file == "-":
             sys.stdout.write(text)
             return
-        Path(json_file).write_text(text, encoding="utf-8")
+        with replacing(json_file) as partial:
+            partial.write_text(text, encoding="ascii")
     table = Table("method", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("what it measures, what it costs, what it takes")
     for method, declared in capabilities():

@@ -16,7 +16,7 @@ from captum_cage.graph import AttributionGraph, Path
 from captum_cage.thinking import Thinking
 from captum_cage.units import Granularity, Unit, Units
 
-__all__ = ["Explanation"]
+__all__ = ["Explanation", "along", "explained_texts"]
 
 
 class Explanation(Protocol):
@@ -113,3 +113,38 @@ class Explanation(Protocol):
 
     def regrouped(self, units: Granularity) -> tuple[Units, Units]:
         """Larger source units and larger generated units, over the present ones."""
+
+
+def explained_texts(explanation: Explanation) -> list[str]:
+    """The explained text: each stretch of units that stand side by side.
+
+    What stands between two stretches is not explained: other generated units or, in a
+    trace, text from outside.
+    """
+    texts: list[str] = []
+    begin = before = -2  # a character, and a unit
+    for place in explanation.graph.generated_units[list(explanation.explained)]:
+        unit = explanation.units[place]
+        if unit.span is None:
+            texts.append(unit.text)
+            continue
+        start, stop = unit.span
+        if place == before + 1:
+            texts.pop()
+        else:
+            begin = start
+        texts.append(explanation.generated_text[begin:stop])
+        before = place
+    return texts
+
+
+def along(hops: int | None) -> str:
+    """Along which paths an explanation goes, in words.
+
+    Example:
+        >>> along(None), along(1)
+        ('along all paths', 'along paths of at most 1 hop')
+    """
+    if hops is None:
+        return "along all paths"
+    return f"along paths of at most {hops} hop{'' if hops == 1 else 's'}"

@@ -8,17 +8,16 @@ import os
 import re
 import textwrap
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import networkx as nx
 import numpy as np
 from scipy.sparse import csr_array
 
-from captum_cage._checks import complaint, share_to_keep
+from captum_cage._checks import complaint, share_to_keep, whole_number
 from captum_cage._shares import heaviest
 from captum_cage._version import __version__
-from captum_cage.archive import replacing
+from captum_cage.archive import replacing, writable
 from captum_cage.explanation import Explanation
 from captum_cage.graph import AttributionGraph, RowsBehind
 from captum_cage.text import harmless
@@ -114,7 +113,9 @@ def to_csv(result: Explanation, path: str | os.PathLike[str]) -> None:
 # --- networkx ------------------------------------------------------------------------
 
 
-def to_networkx(result: Explanation, *, keep: float = 1.0) -> nx.DiGraph:
+def to_networkx(
+    result: Explanation, *, keep: float = 1.0, most: int | None = None
+) -> nx.DiGraph:
     """The graph in networkx, with an edge from each unit to those that it rests on.
 
     `from_networkx` makes an `AttributionGraph` of it again. It has the shares, not the
@@ -124,7 +125,7 @@ def to_networkx(result: Explanation, *, keep: float = 1.0) -> nx.DiGraph:
       ``"generated"``), ``start`` and ``stop`` (characters in the text of the prompt or
       of what follows; absent without a place), ``special``, ``explained``, ``mass``
       (at a source what ends there, else what passes through), ``kept`` (generated
-      units).
+      units: the part of its row's mass that the edges have).
     - Edges: ``weight`` (share of the later unit's row), ``flow`` (mass of the
       explanation that takes it). In a contrastive question, a row that holds only where
       the explanation starts has another one behind: ``weight_behind`` is its share.
@@ -135,15 +136,19 @@ def to_networkx(result: Explanation, *, keep: float = 1.0) -> nx.DiGraph:
         result (GraphAttributionResult): what is told.
         keep (float, optional): leave out the lightest edges, so that the others have
             this share of the flow, in (0, 1]. Default: ``1.0``, every edge
+        most (int, optional): leave out all but so many of the heaviest edges.
+            Default: ``None``, no limit
 
     Returns:
         networkx.DiGraph: all values are plain Python ones.
 
     Raises:
-        TypeError: if ``keep`` is not a number.
-        ValueError: if it is out of range.
+        TypeError: if ``keep`` is not a number, or ``most`` not a whole one.
+        ValueError: if one of them is out of range.
     """
     share = share_to_keep("keep", keep, remedy="Pass 0.9, say.")
+    if most is not None:
+        most = whole_number("most", most, minimum=1, remedy="Pass a number of edges.")
     graph = result.graph
     made = nx.DiGraph(
         normalization=graph.normalization,
@@ -170,49 +175,75 @@ def to_networkx(result: Explanation, *, keep: float = 1.0) -> nx.DiGraph:
             mass=float(mass[place]),
         )
         if unit.span is not None:
-            made.nodes[place].update(start=int(unit.span[0]), stop=int(unit.span[1]))
-    for place, kept in zip(graph.generated_units.tolist(), graph.kept, strict=True):
-        made.nodes[place]["kept"] = float(kept)
-    for name, (to_sources, to_generated) in (
-        ("weight", graph.blocks()),
-        ("weight_behind", graph.blocks_behind()),
-    ):
-        steps = list(range(graph.n_generated))
-        if name == "weight_behind":
-            if graph.behind is None:
-                break
-            steps = graph.behind.steps.tolist()
-            for step, kept in zip(steps, graph.behind.kept, strict=True):
-                place = int(graph.generated_units[step])
-                made.nodes[place]["kept_behind"] = float(kept)
-        for block, columns in (
-            (to_sources, graph.source_units),
-            (to_generated, graph.generated_units),
-        ):
-            entries = block[steps].tocoo()
-            later = graph.generated_units[steps][entries.row].tolist()
-            earlier = columns[entries.col].tolist()
-            values = entries.data.tolist()
-            for edge in zip(later, earlier, values, strict=True):
-                made.add_edge(edge[0], edge[1], **{name: edge[2]})
-    for _, _, values in made.edges(data=True):
-        values.setdefault("weight", 0.0)
-        values["flow"] = 0.0
-    flow = graph.flow(result.weights, hops=result.hops).tocoo()
-    later = graph.generated_units[flow.row].tolist()
-    for edge in zip(later, flow.col.tolist(), flow.data.tolist(), strict=True):
-        made.edges[edge[0], edge[1]]["flow"] = edge[2]
-    if share < 1.0:
-        made.remove_edges_from(_lightest(made, share))
+            made.nodes[place].update(start=unit.span[0], stop=unit.span[1])
+    _add_edges(made, result, share, most)
     return made
 
 
-def _lightest(graph: nx.DiGraph, keep: float) -> list[tuple[int, int]]:
-    """The edges without which the others have a share of the flow."""
-    edges = list(graph.edges)
-    flows = np.array([abs(graph.edges[edge]["flow"]) for edge in edges])
-    kept, _ = heaviest(flows, keep)
-    return [edges[i] for i in np.flatnonzero(~kept)]
+def _add_edges(
+    made: nx.DiGraph, result: Explanation, share: float, most: int | None
+) -> None:
+    """The edges that stay, and how much of each row they have."""
+    graph = result.graph
+    flow = graph.flow(result.weights, hops=result.hops)
+    stays = None
+    if share < 1.0 or most is not None:
+        stays = _heaviest(flow, share, most)
+        flow = flow * stays
+    weights = {"weight": graph.normalized()}
+    kept = {"kept": (np.arange(graph.n_generated), graph.kept)}
+    if graph.behind is not None:
+        steps = graph.behind.steps
+        only = np.zeros((graph.n_generated, 1))
+        only[steps] = 1.0
+        weights["weight_behind"] = csr_array(graph.normalized(behind=True) * only)
+        weights["weight_behind"].eliminate_zeros()
+        kept["kept_behind"] = (steps, graph.behind.kept)
+    for (name, rows), (its_kept, (steps, shares)) in zip(
+        weights.items(), kept.items(), strict=True
+    ):
+        whole = np.asarray(abs(rows).sum(axis=1)).ravel()
+        edges = rows if stays is None else csr_array(rows * stays)
+        held = np.asarray(abs(edges).sum(axis=1)).ravel()
+        # A row that leaks has no edges to lose.
+        part = np.where(whole > 0.0, held / np.where(whole > 0.0, whole, 1.0), 1.0)
+        for step, value in zip(steps.tolist(), shares.tolist(), strict=True):
+            place = int(graph.generated_units[step])
+            made.nodes[place][its_kept] = value * float(part[step])
+        _set_values(made, graph, edges, name)
+    for _, _, values in made.edges(data=True):
+        values.setdefault("weight", 0.0)
+        values["flow"] = 0.0
+    _set_values(made, graph, csr_array(flow), "flow")
+
+
+def _heaviest(flow: csr_array, share: float, most: int | None) -> csr_array:
+    """Ones at the fewest edges that have a share of the flow, at most so many."""
+    sizes = np.abs(flow.data)
+    chosen, _ = heaviest(sizes, share)
+    if most is not None and np.count_nonzero(chosen) > most:
+        chosen = np.zeros(sizes.size, dtype=bool)
+        chosen[np.argsort(-sizes, kind="stable")[:most]] = True
+    found = csr_array(flow, copy=True)
+    found.data = chosen.astype(np.float64)
+    found.eliminate_zeros()
+    return found
+
+
+def _set_values(
+    made: nx.DiGraph, graph: AttributionGraph, rows: csr_array, name: str
+) -> None:
+    """An attribute of the edges, from a matrix of shape ``(G, N)``."""
+    entries = rows.tocoo()
+    made.add_edges_from(
+        (later, earlier, {name: value})
+        for later, earlier, value in zip(
+            graph.generated_units[entries.row].tolist(),
+            entries.col.tolist(),
+            entries.data.tolist(),
+            strict=True,
+        )
+    )
 
 
 def from_networkx(graph: nx.DiGraph) -> AttributionGraph:
@@ -258,7 +289,7 @@ def from_networkx(graph: nx.DiGraph) -> AttributionGraph:
             kept=kept,
             behind=behind,
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             complaint(
                 "graph",
@@ -284,7 +315,13 @@ def _rows(
     return csr_array(entries, shape=shape) if edges else csr_array(shape)
 
 
-def to_graphml(result: Explanation, path: str | os.PathLike[str]) -> None:
+def to_graphml(
+    result: Explanation,
+    path: str | os.PathLike[str],
+    *,
+    keep: float = 1.0,
+    most: int | None = None,
+) -> None:
     """Write `to_networkx` as GraphML, which `networkx.read_graphml` reads.
 
     ``from_networkx(networkx.read_graphml(path))`` is the graph again. A text with
@@ -294,8 +331,15 @@ def to_graphml(result: Explanation, path: str | os.PathLike[str]) -> None:
     Args:
         result (GraphAttributionResult): what is told.
         path (str or PathLike): the file; an existing one is replaced.
+        keep (float, optional): as for `to_networkx`. Default: ``1.0``, every edge
+        most (int, optional): as for `to_networkx`. Default: ``None``, no limit
+
+    Raises:
+        TypeError: as `to_networkx` does, or if ``path`` is no path.
+        ValueError: as `to_networkx` does.
+        OSError: if the file cannot be written.
     """
-    made = to_networkx(result)
+    made = to_networkx(result, keep=keep, most=most)
     for values in (made.graph, *(values for _, values in made.nodes(data=True))):
         for name, value in list(values.items()):
             if isinstance(value, str) and _NOT_XML.search(value):
@@ -317,10 +361,12 @@ def to_dot(
     path: str | os.PathLike[str] | None = None,
     *,
     keep: float = 0.9,
+    most: int = 150,
 ) -> str | None:
     """The units that matter and the mass between them, in Graphviz' language.
 
-    One-way, for drawing: ``dot -Tsvg graph.dot``.
+    One-way, for drawing: ``dot -Tsvg graph.dot``. Its first line says what share of the
+    flow the edges have.
 
     Args:
         result (GraphAttributionResult): what is told.
@@ -328,16 +374,16 @@ def to_dot(
             Default: ``None``, no file
         keep (float, optional): share of the flow that the edges have, the heaviest
             first, in (0, 1]. Default: ``0.9``
+        most (int, optional): most edges. Default: ``150``
 
     Returns:
         str or None: the text, if there is no file.
 
     Raises:
-        TypeError: if ``keep`` is not a number.
-        ValueError: if it is out of range.
+        TypeError: if ``keep`` is not a number, or ``most`` not a whole one.
+        ValueError: if one of them is out of range.
     """
-    made = to_networkx(result, keep=keep)
-    made.remove_edges_from([e for e in made.edges if not made.edges[e]["flow"]])
+    made = to_networkx(result, keep=keep, most=most)
     total = float(result.weights.sum())
     drawn = {place for edge in made.edges for place in edge}
     drawn |= {place for place in made if made.nodes[place]["explained"]}
@@ -415,9 +461,11 @@ def checked_suffix(path: str | os.PathLike[str], where: str = "path") -> str:
         where (str, optional): the argument, as the user wrote it. Default: ``"path"``
 
     Raises:
+        TypeError: if it is no path.
+        OSError: if no file can be there.
         ValueError: if it is none of `SUFFIXES`.
     """
-    suffix = Path(path).suffix.lower()
+    suffix = writable(where, path).suffix.lower()
     if suffix not in _WRITERS:
         raise ValueError(
             complaint(

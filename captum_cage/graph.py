@@ -318,6 +318,26 @@ class AttributionGraph:
         """
         return int(self.generated_units.size)
 
+    def normalized(self, *, behind: bool = False) -> csr_array:
+        """The rows of the generated units, as shares of all units.
+
+        Args:
+            behind: the rows by which mass passes, instead of those by which an
+                explanation starts. They are the same where none has one behind it.
+
+        Returns:
+            CSR array of shape ``(G, N)``, float64.
+
+        Example:
+            >>> graph = AttributionGraph.from_rows([[1, 1, 0, 0], [0, 1, 3, 0]], 2)
+            >>> graph.normalized().toarray().tolist()
+            [[0.5, 0.5, 0.0, 0.0], [0.0, 0.25, 0.75, 0.0]]
+        """
+        passing = csr_array(self.matrix[self.generated_units])
+        if behind or self.behind is None:
+            return passing
+        return _exchanged(passing, self.behind.steps, self._first)
+
     def blocks(self) -> tuple[csr_array, csr_array]:
         """The rows of the generated units, cut into two blocks.
 

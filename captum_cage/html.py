@@ -21,10 +21,10 @@ import numpy.typing as npt
 from jinja2 import Environment, StrictUndefined
 from scipy.sparse import csr_array, vstack
 
-from captum_cage._checks import complaint, whole_number
+from captum_cage._checks import complaint, shown, whole_number
 from captum_cage._version import __version__
 from captum_cage.archive import replacing
-from captum_cage.explanation import Explanation
+from captum_cage.explanation import Explanation, explained_texts
 from captum_cage.graph import AttributionGraph, RowsBehind
 from captum_cage.text import harmless
 
@@ -76,10 +76,16 @@ def page(
         HTML, which UTF-8 can encode whatever the texts hold.
 
     Raises:
-        TypeError: if ``max_bytes`` is not a whole number.
-        ValueError: if it is below 1.
+        TypeError: if ``title`` is no text, or ``max_bytes`` not a whole number.
+        ValueError: if ``max_bytes`` is below 1.
     """
     graph = explanation.graph
+    if title is not None and not isinstance(title, str):
+        raise TypeError(
+            complaint(
+                "title", "must be a text", f"{shown(title)} came", "Pass a string."
+            )
+        )
     fields = _page_fields(explanation, title)
     if max_bytes is not None:
         remedy = "Pass the size in bytes, or None for the whole graph."
@@ -118,19 +124,7 @@ def write(text: str, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: if the file cannot be written.
     """
-    target = FilePath(path)
-    if target.is_dir() or not target.parent.is_dir():
-        came = "it is a folder" if target.is_dir() else "its folder does not exist"
-        kind = IsADirectoryError if target.is_dir() else FileNotFoundError
-        raise kind(
-            complaint(
-                "path",
-                "must name a file that can be written",
-                f"{str(target)!r} came and {came}",
-                "Name another file.",
-            )
-        )
-    with replacing(target) as partial:
+    with replacing(path) as partial:
         # As bytes: another end of line would be another hash of the script.
         partial.write_bytes(text.encode("utf-8"))
 
@@ -220,32 +214,10 @@ def _held_before(rows: csr_array) -> npt.NDArray[np.float64]:
 
 def _row_blocks(graph: AttributionGraph) -> list[csr_array]:
     """Normalised rows of the generated units, and first rows where there are others."""
-    passing = csr_array(graph.matrix[graph.generated_units])
+    passing = graph.normalized(behind=True)
     if graph.behind is None:
         return [passing]
-    return [passing, _first_rows(graph)]
-
-
-def _first_rows(graph: AttributionGraph) -> csr_array:
-    """The rows by which an explanation starts, of units that have another one behind.
-
-    In columns of all units, shape ``(K, N)``.
-    """
-    to_sources, to_generated = (
-        block[graph.behind.steps].tocoo() for block in graph.blocks()
-    )
-    columns = [
-        graph.source_units[to_sources.col],
-        graph.generated_units[to_generated.col],
-    ]
-    rows = [to_sources.row, to_generated.row]
-    data = np.concatenate([to_sources.data, to_generated.data])
-    found = csr_array(
-        (data, (np.concatenate(rows), np.concatenate(columns))),
-        shape=(graph.behind.steps.size, graph.n_units),
-    )
-    found.sort_indices()
-    return found
+    return [passing, csr_array(graph.normalized()[graph.behind.steps])]
 
 
 # --- what the script reads -----------------------------------------------------------
@@ -394,17 +366,10 @@ def _page_fields(explanation: Explanation, title: str | None) -> dict[str, Any]:
     """What the template shows, but for the numbers."""
     graph, meta = explanation.graph, explanation.meta
     if title is None:
-        steps = [unit for unit in explanation.units if unit.generated]
-        ends = [steps[step].span for step in explanation.explained]
-        spans = [span for span in ends if span is not None]
-        text = " ".join(
-            explanation.generated_text[spans[0][0] : spans[-1][1]].split()
-            if spans
-            else ()
-        )
+        text = " ".join(" … ".join(explained_texts(explanation)).split())
         if len(text) > _LONGEST_TITLE:
             text = text[: _LONGEST_TITLE - 1] + "…"
-        title = f"Where “{text}” comes from"
+        title = f"Where “{text}” comes from" if text else "Where it comes from"
     granularity = meta.get("units", "units")
     facts = {
         "Model": meta.get("model"),

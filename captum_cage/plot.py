@@ -24,8 +24,8 @@ from matplotlib.path import Path as Curve
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from captum_cage._checks import share_to_keep, whole_number
-from captum_cage.explanation import Explanation
+from captum_cage._checks import complaint, share_to_keep, shown, whole_number
+from captum_cage.explanation import Explanation, along
 from captum_cage.text import harmless
 
 __all__ = [
@@ -55,6 +55,7 @@ _SIGNED = LinearSegmentedColormap.from_list(
 )
 
 _MISSING = "\u25a1"  # in place of a character that the font lacks
+_MOST_MARKS = 4
 _WRITTEN_CELLS = 400  # of a heatmap; more of them carry no number
 _WRITTEN_COLUMNS = 20
 _PIXELS = 1_000  # cells of a heatmap along one side; more are pooled
@@ -73,8 +74,13 @@ _ENOUGH = 0.001  # of the mass: nothing more is seen in a plot of hops
 
 
 @lru_cache(maxsize=16)
-def _characters(families: tuple[str, ...], _generic: tuple[str, ...]) -> frozenset[int]:
-    """The characters that the fonts of some families have."""
+def _characters(
+    families: tuple[str, ...], _settings: tuple[str, ...]
+) -> frozenset[int]:
+    """The characters that the fonts of some families have.
+
+    What generic ones, such as "serif", stand for is a matter of the settings.
+    """
     found: set[int] = set()
     for family in families:
         try:
@@ -88,9 +94,15 @@ def _characters(families: tuple[str, ...], _generic: tuple[str, ...]) -> frozens
 def _drawable(text: str) -> str:
     """A text on one line, of characters that the font has."""
     families = tuple(mpl.rcParams["font.family"])
-    known = _characters(families, tuple(mpl.rcParams["font.sans-serif"]))
+    settings = map(str, mpl.rcParams.find_all(r"^font\.").values())
+    known = _characters(families, tuple(settings))
+    marks = 0  # in a row: they take no room, and would have no end
 
     def drawn(character: str) -> str:
+        nonlocal marks
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        if marks > _MOST_MARKS:
+            return ""
         if ord(character) in known:
             return character
         # Joiners and selectors of variants are seen in what they join only.
@@ -184,10 +196,23 @@ def _signed(result: Explanation) -> bool:
 def _axes(ax: Axes | None, width: float, height: float) -> Picture:
     """The axes that are given, or new ones of a size in inches."""
     if ax is not None:
-        return ax.figure, ax
+        return _checked(ax).figure, ax
     figure, made = plt.subplots(figsize=(width, height), layout="constrained")
     figure.set_facecolor("white")
     return figure, made
+
+
+def _checked(ax: Axes) -> Axes:
+    if not isinstance(ax, Axes):
+        raise TypeError(
+            complaint(
+                "ax",
+                "must be matplotlib's axes",
+                f"{shown(ax)} came",
+                "Pass the second value of matplotlib.pyplot.subplots(), or none.",
+            )
+        )
+    return ax
 
 
 def _inches(ax: Axes) -> tuple[float, float]:
@@ -225,17 +250,13 @@ def plot_heatmap(
     """
     graph = result.graph
     if direct:
-        values = np.zeros((graph.n_generated, graph.n_units))
-        for block, places in zip(
-            graph.blocks(), (graph.source_units, graph.generated_units), strict=True
-        ):
-            values[:, places] = block.toarray()
+        values = graph.normalized().toarray()
         names = [unit.text for unit in result.units]
         what = "share of the row: one step back"
     else:
         values = result.token_attr.numpy()
         names = result.input_tokens
-        what = "share: along all paths"
+        what = f"share: {along(result.hops)}"
     picture = _drawn_heatmap(result, ax, values, names, what)
     if direct:
         kinds = np.array([unit.generated for unit in result.units])
@@ -456,7 +477,7 @@ def plot_sources(
         {"color": "white", "edgecolor": _BLUE, "hatch": "////", "linewidth": 0.8},
         {"color": _ORANGE, "edgecolor": _DARK, "linewidth": 0.8},
     )
-    labels = ("direct: one step back", "marginalised: along all paths")
+    labels = ("direct: one step back", f"marginalised: {along(result.hops)}")
     for offset, values, look, label in zip(
         (-0.2, 0.2), series, looks, labels, strict=True
     ):
@@ -629,7 +650,7 @@ def plot_graph(
         figure.set_facecolor("white")
         ax.set_position((0.0, 0.0, 1.0, 1.0))
     else:
-        figure = ax.figure
+        figure = _checked(ax).figure
         width, height = _inches(ax)
         for size in (9.0, 8.0, 7.0, 6.0, 5.0, 4.0):
             rows, needed = _laid_out(result, units, width, size)

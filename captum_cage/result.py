@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path as FilePath
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from captum_cage.foils import Foil
 from captum_cage.graph import AttributionGraph, Parts, RowsBehind
 from captum_cage.solve import Path
 from captum_cage.spans import Explain, explained_units
-from captum_cage.text import Span, TokenText
+from captum_cage.text import Span, TokenText, harmless
 from captum_cage.thinking import Part, Thinking
 from captum_cage.units import (
     Granularity,
@@ -60,7 +61,7 @@ class TextPath(Path):
 
     def __str__(self) -> str:
         steps = " <- ".join(json.dumps(text, ensure_ascii=False) for text in self.texts)
-        return f"{steps} ({self.share:.1%})"
+        return f"{harmless(steps, one_line=True)} ({self.share:.1%})"
 
 
 @dataclass(frozen=True)
@@ -144,8 +145,10 @@ class GraphAttributionResult(LLMAttributionResult):
         followup (FollowUp, optional): asks the model again. Default: ``None``
 
     Raises:
-        TypeError: if ``hops`` is not a whole number.
-        ValueError: if ``hops`` is negative.
+        TypeError: if ``hops`` is not a whole number, ``explained`` holds anything
+            else, or ``meta`` holds no JSON values.
+        ValueError: if ``hops`` is negative, if ``explained`` does not rise or names no
+            generated unit, or if a unit stands outside its text.
 
     Attributes:
         graph (AttributionGraph): the graph.
@@ -192,7 +195,7 @@ class GraphAttributionResult(LLMAttributionResult):
             hops = whole_number("hops", hops, remedy=remedy)
         self.graph = graph
         self.units = tuple(units)
-        self.explained = tuple(explained)
+        self.explained = _checked_steps(explained, graph.n_generated)
         self.weights = np.zeros(graph.n_generated)
         self.weights[list(self.explained)] = 1.0
         self.source_text = source_text
@@ -200,6 +203,8 @@ class GraphAttributionResult(LLMAttributionResult):
         self.breaks = tuple(breaks)
         self.generated_breaks = tuple(generated_breaks)
         self.meta = dict(meta or {})
+        _check_meta(self.meta)
+        _check_spans(self, graph)
         self.hops = hops
         self.thinking = Thinking.none() if thinking is None else thinking
         self.foils = tuple(foils)
@@ -768,14 +773,14 @@ class GraphAttributionResult(LLMAttributionResult):
 
         return export.to_frame(self)
 
-    def to_networkx(self, *, keep: float = 1.0) -> Any:
+    def to_networkx(self, *, keep: float = 1.0, most: int | None = None) -> Any:
         """The graph as a ``networkx.DiGraph``, with texts, places, shares and flow.
 
         See :func:`captum_cage.export.to_networkx`.
         """
         from captum_cage import export  # noqa: PLC0415
 
-        return export.to_networkx(self, keep=keep)
+        return export.to_networkx(self, keep=keep, most=most)
 
     def export(self, path: str | os.PathLike[str]) -> None:
         """Write it in the form that the end of the file's name asks for.
@@ -1039,14 +1044,10 @@ class GraphAttributionResult(LLMAttributionResult):
             ]
             if [not unit.generated for unit in units] != graph.sources.tolist():
                 raise not_a_result(path)
-            explained = [
-                whole_number("explained", step, stop=graph.n_generated, remedy="")
-                for step in header["explained"]
-            ]
             return cls(
                 graph,
                 units,
-                explained,
+                header["explained"],
                 source_text=str(header["source_text"]),
                 generated_text=str(header["generated_text"]),
                 output_probs=arrays.get("output_probs"),
@@ -1077,6 +1078,48 @@ class GraphAttributionResult(LLMAttributionResult):
             AssertionError,  # of Captum's result, where a shape does not fit
         ) as error:
             raise not_a_result(path) from error
+
+
+def _checked_steps(explained: Sequence[int], n_generated: int) -> tuple[int, ...]:
+    """Positions of the explained generated units."""
+    remedy = "Pass the positions of generated units in reading order, each once."
+    steps = tuple(
+        whole_number("explained", step, stop=n_generated, remedy=remedy)
+        for step in explained
+    )
+    if not steps or any(one >= other for one, other in pairwise(steps)):
+        raise ValueError(complaint("explained", "must rise", f"{steps} came", remedy))
+    return steps
+
+
+def _check_meta(meta: dict[str, Any]) -> None:
+    try:
+        json.dumps(meta, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            complaint(
+                "meta",
+                "must hold JSON values",
+                f"it does not: {error}",
+                "Turn arrays into lists, and NumPy's numbers into Python's.",
+            )
+        ) from error
+
+
+def _check_spans(result: GraphAttributionResult, graph: AttributionGraph) -> None:
+    """Refuse units that stand outside their text."""
+    cut = int(graph.generated_units[0])
+    for place, unit in enumerate(result.units):
+        text = result.source_text if place < cut else result.generated_text
+        if unit.span is not None and not 0 <= unit.span[0] <= unit.span[1] <= len(text):
+            raise ValueError(
+                complaint(
+                    f"units[{place}].span",
+                    f"must lie within the text of {len(text)} characters",
+                    f"{unit.span} came",
+                    "Pass where the unit begins and ends.",
+                )
+            )
 
 
 def _grouped(

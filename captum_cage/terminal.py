@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from captum_cage.explanation import along, explained_texts
 from captum_cage.result import GraphAttributionResult, TextPath
 from captum_cage.text import Span, harmless
 from captum_cage.thinking import Part
@@ -60,6 +61,7 @@ _SHORT_UNIT = 12  # characters; the table shows such units with the words around
 _LONGEST_PATH = 8  # units; longer paths lose their middle, on narrow terminals more
 _LONGEST_BAR = 16  # cells
 _RESAMPLES = 200  # for intervals
+_MOST_STRETCHES = 3  # of explained text that are quoted
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class TerminalView:
 
     @cached_property
     def _views(self) -> tuple[_View, _View]:
-        """Shares one step back, and along all paths."""
+        """Shares one step back, and along all paths that count."""
         result = self.result
         _, to_generated = result.graph.blocks()
         direct = self._by_side(result.direct.seq_attr, result.weights @ to_generated)
@@ -130,7 +132,7 @@ class TerminalView:
             what = "generated text: what passes through"
         return (
             _View("direct: one step back", headings, direct),
-            _View("marginalised: along all paths", (headings[0], what), marginal),
+            _View(f"marginalised: {along(result.hops)}", (headings[0], what), marginal),
         )
 
     @property
@@ -172,17 +174,15 @@ class TerminalView:
     # --- what is explained ----------------------------------------------------------
 
     def _question(self) -> RenderableType:
-        chosen = self.result.explained
-        units = [unit for unit in self.result.units if unit.generated]
-        spans = [units[step].span for step in chosen]
-        contiguous = chosen[-1] - chosen[0] + 1 == len(chosen)
-        first, last = spans[0], spans[-1]
+        texts = explained_texts(self.result)
         question = Text("Explained: ", "bold")
-        if contiguous and first is not None and last is not None:
-            text = self.result.generated_text[first[0] : last[1]]
-            question.append(_quoted(text, 160))
+        if len(texts) <= _MOST_STRETCHES:
+            quoted = [_quoted(text, 160 // len(texts)) for text in texts]
+            question.append(" and ".join(quoted))
         else:
-            question.append(f"{len(chosen)} of {len(units)} generated units")
+            count = len(self.result.explained)
+            whole = self.result.graph.n_generated
+            question.append(f"{count} of {whole} generated units")
         for foil in self.result.foils:
             question.append("\nWhy: ", "bold")
             question.append(
@@ -349,22 +349,21 @@ class TerminalView:
         """A tree for each explained unit: its paths, up to where they part."""
         found = self._found_paths()
         longest = int(np.clip((width - 20) // 4, 3, _LONGEST_PATH))
-        branches: dict[tuple[int, ...], Tree] = {}
+        branches: dict[_Place, Tree] = {}
         roots = []
         for path in found:
             branch: Tree | None = None
-            for end, label in _steps(path, longest):
-                if end == len(path.units):
+            for place, label in _steps(path, longest):
+                if place.units == path.units:
                     share = _percent(path.share, self._signed, digits=1)
                     label = Text.assemble((share, "bold"), "  ", label)
-                units = path.units[:end]
-                if units not in branches:
+                if place not in branches:
                     if branch is None:
-                        branches[units] = Tree(label, guide_style="dim")
-                        roots.append(branches[units])
+                        branches[place] = Tree(label, guide_style="dim")
+                        roots.append(branches[place])
                     else:
-                        branches[units] = branch.add(label)
-                branch = branches[units]
+                        branches[place] = branch.add(label)
+                branch = branches[place]
         title = "Heaviest paths" if found else "No path to a source has any mass."
         parts: list[RenderableType] = [Text(title, "bold")]
         parts += [Padding(root, (0, 0, 0, 1)) for root in roots]
@@ -395,7 +394,7 @@ class TerminalView:
             f"generated, {explained} explained)",
         ]
         if "model" in result.meta:
-            how.insert(0, harmless(str(result.meta["model"]), one_line=True))
+            how.insert(0, str(result.meta["model"]))
         if self.seconds is not None:
             how.append(f"{self.seconds:.1f} s")
         parts = [
@@ -415,18 +414,32 @@ class TerminalView:
             f"Leak {leak}{why}, unresolved {unresolved}.",
             "not bold",
         )
-        return Group(facts, Text(", ".join(how), "dim"))
+        return Group(facts, Text(harmless(", ".join(how), one_line=True), "dim"))
 
 
-def _steps(path: TextPath, longest: int) -> Iterator[tuple[int, Text]]:
-    """The units of a path, quoted, each with how many have come; a note in between."""
-    head, count = longest // 2, len(path.units)
-    dropped = count - longest + 1
+class _Place(NamedTuple):
+    """Where a step of a path stands in a tree.
+
+    Attributes:
+        units (tuple[int, ...]): of the path, up to and with this step.
+        dropped (int): how many of them a note stands for.
+    """
+
+    units: tuple[int, ...]
+    dropped: int = 0
+
+
+def _steps(path: TextPath, longest: int) -> Iterator[tuple[_Place, Text]]:
+    """The units of a path, quoted, each with its place; a note in between."""
+    head, dropped = longest // 2, len(path.units) - longest + 1
     for number, text in enumerate(path.texts, 1):
-        if dropped <= 1 or not head < number <= head + dropped:
-            yield number, Text(_quoted(text, 100))
+        units = path.units[:number]
+        if dropped <= 1 or number <= head:
+            yield _Place(units), Text(_quoted(text, 100))
         elif number == head + dropped:
-            yield number, Text(f"... {dropped} units ...", "dim")
+            yield _Place(units, dropped), Text(f"... {dropped} units ...", "dim")
+        elif number > head + dropped:
+            yield _Place(units, dropped), Text(_quoted(text, 100))
 
 
 class _View(NamedTuple):

@@ -178,13 +178,15 @@ def special_ids(tokenizer: Any) -> frozenset[int]:
 # White space as it stands, and the joiners that scripts and emoji are written with.
 _LAYOUT = "\n\t"
 _JOINERS = "\u200c\u200d"
+# Letters and marks that are blank, by which a text could hide something.
+_BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
 
 
 def harmless(text: str, *, one_line: bool = False) -> str:
     r"""A text in which no character can steer a terminal or hide.
 
-    Control and format characters, bidirectional ones among them, and lone surrogates
-    are written as Python escapes. Newlines and tabs stay.
+    Control and format characters, bidirectional ones among them, lone surrogates and
+    blank letters are written as Python escapes. Newlines and tabs stay.
 
     Args:
         text (str): any text.
@@ -199,7 +201,10 @@ def harmless(text: str, *, one_line: bool = False) -> str:
     return "".join(
         character
         if character in kept
-        or unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        or not (
+            character in _BLANK
+            or unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        )
         else character.encode("unicode_escape").decode("ascii")
         for character in (text if one_line else text.replace("\r\n", "\n"))
     )

@@ -62,6 +62,19 @@ class Unit:
     span: Span | None
     special: bool = False
 
+    def __post_init__(self) -> None:
+        # NumPy's values are none of JSON or GraphML.
+        plain = {
+            "text": str(self.text),
+            "generated": bool(self.generated),
+            "special": bool(self.special),
+        }
+        if self.span is not None:
+            start, stop = self.span
+            plain["span"] = (index(start), index(stop))
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
+
 
 @dataclass(frozen=True)
 class Units:

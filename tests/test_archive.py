@@ -1,8 +1,10 @@
 """Files of arrays: what is written is read, and what is no such file is refused."""
 
 import json
+import os
 import pickle
 import struct
+import threading
 
 import numpy as np
 import pytest
@@ -132,6 +134,69 @@ def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path):
     """As it is everywhere in Python."""
     with pytest.raises(FileNotFoundError, match="none"):
         read(tmp_path / "none")
+
+
+def test_a_link_stays_one(tmp_path):
+    """The file that it leads to changes."""
+    file, link = tmp_path / "file", tmp_path / "link.npz"
+    file.write_bytes(b"old")
+    link.symlink_to(file)
+    write(link, HEADER, ARRAYS)
+    assert link.is_symlink()
+    assert read(file)[0] == HEADER
+
+
+def test_a_private_file_stays_one(tmp_path):
+    """As it was made so."""
+    path = tmp_path / "file.npz"
+    path.touch(mode=0o600)
+    write(path, HEADER, ARRAYS)
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_pipe_is_written_to(tmp_path):
+    """And stays a pipe."""
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    found = []
+    reader = threading.Thread(target=lambda: found.append(path.read_text()))
+    reader.start()
+    with replacing(path) as partial:
+        partial.write_text("new")
+    reader.join()
+    assert found == ["new"]
+    assert path.is_fifo()
+
+
+def test_other_files_are_left_alone(tmp_path):
+    """Whatever they are called."""
+    other = tmp_path / "file.npz.partial"
+    other.write_text("mine")
+    write(tmp_path / "file.npz", HEADER, ARRAYS)
+    assert other.read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "told"),
+    [
+        (None, TypeError, "None came"),
+        (3, TypeError, "3 came"),
+        (".", IsADirectoryError, "it is a folder"),
+        ("nowhere/file.npz", FileNotFoundError, "its folder does not exist"),
+    ],
+)
+def test_places_that_cannot_be_written_are_told(path, error, told):
+    """By what the user passed, with a remedy."""
+    match = f"path: must name a file that can be written, but .*{told}. Name another"
+    with pytest.raises(error, match=match):
+        write(path, HEADER, ARRAYS)
+
+
+def test_a_path_to_read_is_checked():
+    """As one to write."""
+    with pytest.raises(TypeError, match="path: must name a file, but NoneType None"):
+        read(None)
 
 
 def test_an_interrupt_leaves_the_old_file(tmp_path):

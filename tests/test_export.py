@@ -337,6 +337,42 @@ def test_light_edges_can_be_left_out(keep):
         )
 
 
+@every_result
+@pytest.mark.parametrize("limit", [{"keep": 0.5}, {"keep": 0.9}, {"most": 2}])
+def test_what_is_left_out_is_unresolved(name, limit, tmp_path):
+    """The edges that stay have their shares; the others count as left out."""
+    result = RESULTS[name]()
+    whole, part = result.to_networkx(), result.to_networkx(**limit)
+    assert 0 < part.number_of_edges() < whole.number_of_edges()
+    for edge in part.edges:
+        assert part.edges[edge] == whole.edges[edge]
+    to_graphml(result, tmp_path / "part.graphml", **limit)
+    read = from_networkx(nx.read_graphml(tmp_path / "part.graphml"))
+    for graph in (from_networkx(part), read):
+        expected = result.graph.normalized().toarray()
+        gone = np.ones_like(expected, dtype=bool)
+        for later, earlier in part.edges:
+            gone[result.graph.generated_units.tolist().index(later), earlier] = False
+        expected[gone] = 0
+        found = graph.normalized().toarray()
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
+        if result.graph.normalization == "positive" and result.hops is None:
+            w = result.weights
+            mass = graph.explain(w).sum() + graph.leaked(w) + graph.unresolved(w)
+            assert mass == pytest.approx(w.sum())
+
+
+def test_most_edges_are_a_whole_number():
+    """One at least."""
+    for function in (to_networkx, to_dot):
+        with pytest.raises(ValueError, match="most: must be 1 or more"):
+            function(made(), most=0)
+        with pytest.raises(TypeError, match="most: must be a whole number"):
+            function(made(), most=1.5)
+    assert to_networkx(made(), most=1).number_of_edges() == 1
+    assert len(parsed(to_dot(made(), most=2))[1]) == 2
+
+
 def test_a_share_to_keep_is_checked():
     """In all that take one."""
     for function in (to_networkx, to_dot):

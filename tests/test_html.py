@@ -27,7 +27,7 @@ STEPS = ["Mia has 3 + 4 = 7 pens.", "Indeed.", "The answer is 7."]
 HOSTILE = (
     '</script><img src=x onerror="window.pwned=1"> {{ 7 * 7 }} {% raw %} <!-- & &amp; '
     "\u202eoverride\u202c \u2066isolate\u2069 \x07 \x00 \x1b[31m \x7f \x9b \ud800 "
-    "\udc00 \u2028 \u200b \U000e0041 .\ufe0f\ufe01\n"
+    "\udc00 \u2028 \u200b \U000e0041 .\ufe0f\ufe01 \u3164\n"
     "שלום עולם 123. 👨‍👩‍👧‍👦 🇩🇪 e\u0301.\n\n```python\nreturn {'a': x}\n```\n"
 )
 HOSTILE_ANSWER = (
@@ -109,11 +109,19 @@ def by_hand():
     return result_of(rows, FACTS, STEPS, [2], meta={"units": "sentence"})
 
 
+def named(n_sources, n_generated):
+    """Texts of sources and of steps."""
+    return (
+        [f"Fact {i}." for i in range(n_sources)],
+        [f"Step {i}." for i in range(n_generated)],
+    )
+
+
 def cases():
     """Results of every kind, by name."""
     signed = random_rows(5, 6, 3, signed=True)
     plain = random_rows(5, 6, 4)
-    names = [f"Fact {i}." for i in range(5)], [f"Step {i}." for i in range(6)]
+    names = named(5, 6)
     kept = [1, 0.9, 1, 0, 0.5, 1]
     known = plain * (np.array(kept) > 0)[:, None]
     foils = [Foil(4, " 7", " 9"), Foil(5, " x", " y")]
@@ -349,6 +357,21 @@ def test_no_larger_units_than_sentences_are_offered(by_hand):
     """Words in sentences, sentences as they are."""
     told = data_of(by_hand.to_html())
     assert [level["name"] for level in told["levels"]] == ["sentences"]
+
+
+def test_layout_of_a_unit_stays(shown):
+    """Also where white space has no end in it; what is around it has no shade."""
+    text = " a" + " " * 100_000 + "b \r\n\t"
+    units = [Unit(text, False, (0, len(text))), Unit("c", True, (0, 1))]
+    graph = AttributionGraph.from_rows([[1, 0]], 1)
+    result = GraphAttributionResult(
+        graph, units, [0], source_text=text, generated_text="c"
+    )
+    view = shown(result)
+    [inner] = view.locator("#source .u").all_text_contents()
+    assert inner == text.strip()
+    spaces = view.locator("#source .space").all_text_contents()
+    assert spaces == [" ", " \r\n\t"]
 
 
 def test_the_title_tells_what_is_explained(by_hand):
@@ -810,6 +833,50 @@ def test_the_switches_change_what_is_shown(shown):
     assert view.locator(".u.minus").count() > 0 or (parts.negative == 0).all()
 
 
+def test_what_stands_between_is_not_selected(shown):
+    """Neither a tool's result nor a step that was not chosen."""
+    result = cases()["trace"].explaining(slice(0, 2))
+    view = shown(result)
+    assert view.inner_text("#selected") == "Call. … Then."
+    assert view.title() == "Where “Call. … Then.” comes from"
+    apart = result_of(random_rows(5, 6, 4), *named(5, 6), [0, 5])
+    assert shown(apart).inner_text("#selected") == "Step 0. … Step 5."
+
+
+def test_a_selection_that_leaves_the_contrast_says_so(shown):
+    """Its numbers are those without it."""
+    view = shown(cases()["contrast"])
+    assert view.is_hidden("#contrast")
+    view.locator("#generated .u").nth(5).click()
+    assert selected(view) == [5]
+    assert "without it" in view.inner_text("#contrast")
+    view.keyboard.press("Escape")
+    settle(view)
+    assert view.is_hidden("#contrast")
+    assert shown(cases()["plain"]).is_hidden("#contrast")
+
+
+def test_the_map_follows_the_switch_for_signs(shown):
+    """Its arcs as its numbers: what argues against, of all arcs."""
+    rows = [[1, 0, 0, 0, 0], [1, -1, 0, 0, 0], [0, 0, 3, 1, 0]]
+    result = result_of(rows, FACTS[:2], STEPS, [2], "signed")
+    view = shown(result)
+    view.fill("#keep", "100")
+
+    def arcs(sign):
+        view.check(f"input[name=sign][value={sign}]", force=True)
+        settle(view)
+        return view.evaluate(
+            "[...document.querySelectorAll('#map svg path')]"
+            ".map((a) => [+a.dataset.from, +a.dataset.to, a.matches('.minus')])"
+        )
+
+    every = [[4, 2, False], [4, 3, False], [2, 0, False], [3, 0, False], [3, 1, True]]
+    assert sorted(arcs("net")) == sorted(every)
+    assert sorted(arcs("positive")) == sorted(every[:4])
+    assert arcs("negative") == [[3, 1, True]]
+
+
 def test_larger_units_are_shown_with_summed_mass(shown):
     """A click then means all of a sentence, and the page says what the sums are."""
     result = token_result("It is so. It was.", "Yes it is. Now 3 + 4 = 7.", [4, 5])
@@ -873,6 +940,37 @@ def test_mass_counts_once_for_a_group_that_it_comes_into(shown, name):
         masses = [group["mass"] for group in view.evaluate("captumCage.groups()")]
         wanted = [share[place] for share in shares]
         assert masses == pytest.approx(wanted, abs=NOTHING)
+
+
+def test_both_texts_are_read_by_keyboard(shown):
+    """Numbers of the prompt and of text from outside, which nothing selects."""
+    view = shown(cases()["trace"])
+    view.focus("#source .u[tabindex='0']")
+    view.keyboard.press("ArrowRight")
+    assert "Fact 1." in view.inner_text("#readout")
+    view.keyboard.press("Enter")
+    assert selected(view) == [4]
+    view.focus("#generated .u[tabindex='0']")
+    view.keyboard.press("ArrowRight")
+    assert "Result." in view.inner_text("#readout")
+    view.keyboard.press("Enter")
+    assert selected(view) == [4]
+    view.keyboard.press("Shift+ArrowRight")
+    assert selected(view) == [1]
+
+
+def test_more_paths_keep_the_one_that_was_chosen(shown):
+    """And the focus goes to the first new one."""
+    view = shown(result_of(random_rows(5, 9, 3), *named(5, 9), [8]))
+    view.locator("#paths .path").nth(1).click()
+    view.click("#more")
+    paths = view.locator("#paths .path")
+    assert paths.count() == 10
+    assert paths.nth(1).get_attribute("aria-pressed") == "true"
+    assert view.evaluate("document.activeElement.dataset.path") == "5"
+    view.mouse.move(0, 0)
+    view.evaluate("document.activeElement.blur()")
+    assert view.locator(".u.lit").count() > 1
 
 
 def test_a_path_lights_up_where_it_is_pointed_at(shown, by_hand):
@@ -940,10 +1038,10 @@ def test_hostile_text_does_nothing_in_a_browser(shown):
     assert view.evaluate("window.pwned") is None
     assert view.evaluate("document.images.length") == 0
     told = view.evaluate("document.getElementById('source').textContent")
-    codes = "E0041 FE01 202E 2066 0007 0000 001B 009B D800 DC00 2028 200B"
+    codes = "E0041 FE01 202E 2066 0007 0000 001B 009B D800 DC00 2028 200B 3164"
     for code in codes.split():
         assert f"U+{code}" in told
-    assert not set(told) & set("\u202e\u2066\x07\x00\x1b\x9b\u2028\u200b")
+    assert not set(told) & set("\u202e\u2066\x07\x00\x1b\x9b\u2028\u200b\u3164")
     assert "{{ 7 * 7 }}" in told
     assert "👨‍👩‍👧‍👦" in told
     for place in range(view.locator("#generated .u").count()):

@@ -471,6 +471,34 @@ def test_rows_do_not_overlap():
     assert "…" in lines[-1]
 
 
+@pytest.mark.parametrize("name", PLOTS)
+def test_marks_without_end_are_drawn_to_some(name, tmp_path):
+    """They take no room, so nothing else would cut them."""
+    text = "e" + "\u0301" * 100_000
+    result = made([[1, 0, 0], [1, 2, 0]], [text, "b", "c"], 1, [1])
+    figure, _ = getattr(result, name)()
+    assert max(len(told) for told in texts_of(figure)) < 200
+    figure.savefig(tmp_path / "file.png")
+
+
+def test_paths_that_are_cut_are_told():
+    """In legends and beside colours."""
+    given = [[1, 0, 0], [1, 2, 0]], ["a", "b", "c"], 1, [1]
+    for one, told in (
+        (made(*given), "along all paths"),
+        (made(*given, hops=1), "along paths of at most 1 hop"),
+    ):
+        assert any(told in text for text in texts_of(one.plot_sources()[0]))
+        assert any(told in text for text in texts_of(one.plot_heatmap()[0]))
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_axes_are_axes(name):
+    """Of matplotlib."""
+    with pytest.raises(TypeError, match="ax: must be matplotlib's axes, but str 'x'"):
+        getattr(small(), name)("x")
+
+
 def test_a_result_without_mass_is_drawn():
     """Nothing flows; all of it leaks."""
     result = made([[-1, 0]], ["a", "b"], 1, [0])

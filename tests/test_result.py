@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import zipfile
 
 import matplotlib.pyplot as plt
@@ -25,6 +26,7 @@ from captum_cage import (
     GraphContextAttribution,
     Unit,
 )
+from captum_cage.result import TextPath
 from conftest import PROMPT, TARGET
 
 
@@ -497,3 +499,87 @@ def test_results_are_compared_by_identity(by_hand):
     assert by_hand == by_hand
     assert by_hand != by_hand.explaining(0)
     assert len({by_hand, by_hand.explaining(0)}) == 2
+
+
+REFUSED = {
+    "none explained": (
+        {"explained": []},
+        ValueError,
+        "explained: must rise, but () came",
+    ),
+    "twice": ({"explained": [1, 1]}, ValueError, "explained: must rise"),
+    "falling": ({"explained": [1, 0]}, ValueError, "explained: must rise"),
+    "too many": (
+        {"explained": [2]},
+        ValueError,
+        "explained: must be at least 0 and less",
+    ),
+    "a fraction": (
+        {"explained": [0.5]},
+        TypeError,
+        "explained: must be a whole number",
+    ),
+    "an array": ({"meta": {"a": np.ones(2)}}, TypeError, "meta: must hold JSON values"),
+    "no number": ({"meta": {"a": np.nan}}, TypeError, "meta: must hold JSON values"),
+    "beyond the text": (
+        {"generated_text": "b"},
+        ValueError,
+        r"units\[2\].span: must lie within the text of 1 characters, but \(2, 3\) came",
+    ),
+}
+
+
+def plain_result(**changed):
+    """A source and two generated units, as NumPy might tell them."""
+    units = [Unit(np.str_("a"), np.False_, (np.int64(0), np.int64(1)), np.True_)]
+    units += [Unit("b", True, (0, 1)), Unit("c", True, (2, 3))]
+    arguments = {
+        "explained": np.array([0, 1]),
+        "source_text": "a",
+        "generated_text": "b c",
+        **changed,
+    }
+    graph = AttributionGraph.from_rows([[1, 0, 0], [1, 1, 0]], 1)
+    return GraphAttributionResult(graph, units, **arguments)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_makes_no_result_is_refused(name):
+    """Not when it is drawn or saved."""
+    changed, error, told = REFUSED[name]
+    match = told if "\\" in told else re.escape(told)
+    with pytest.raises(error, match=match):
+        plain_result(**changed)
+
+
+def test_numbers_of_numpy_are_plain_ones(tmp_path):
+    """So that all forms can hold them."""
+    result = plain_result()
+    for suffix in (".json", ".npz", ".graphml", ".csv", ".dot"):
+        result.export(tmp_path / f"file{suffix}")
+    assert result.to_html()
+    loaded = GraphAttributionResult.load(tmp_path / "file.npz")
+    assert loaded.units == result.units
+    assert loaded.explained == (0, 1)
+    assert {type(step) for step in result.explained} == {int}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"explained": []}, {"explained": [1, 1]}, {"units": [[0, 1], [0, 1], [2, 9999]]}],
+)
+def test_a_file_whose_parts_do_not_fit_is_refused(change, tmp_path):
+    """Before anything is drawn of it."""
+    record = plain_result().to_dict()
+    if spans := change.pop("units", None):
+        for unit, span in zip(record["units"], spans, strict=True):
+            unit["span"] = span
+    (tmp_path / "file.json").write_text(json.dumps({**record, **change}))
+    with pytest.raises(ValueError, match="must be a result saved by"):
+        GraphAttributionResult.load(tmp_path / "file.json")
+
+
+def test_a_path_is_told_without_steering_the_terminal():
+    """Whatever its units say."""
+    path = TextPath((1, 0), 1.0, ("a\u202e\x9b", "\ud800\x1b"), 1.0)
+    assert str(path) == '"a\\u202e\\x9b" <- "\\ud800\\u001b" (100.0%)'

@@ -104,6 +104,10 @@ def solved():
     return made([[3, 0, 1, 0, 0], [0.5, 0.5, 0, 3, 0]], explain="The answer is 7.")
 
 
+# Letters, marks and symbols that show nothing.
+BLANK = "\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0"
+
+
 class TestTexts:
     """Prompt and generated text, twice, with the share behind what matters."""
 
@@ -336,6 +340,23 @@ class TestPaths:
         assert len(kept) + left_out == 31
         assert (kept[0], kept[-1]) == ("w29", "p")
 
+    def test_long_paths_that_part_late_part_at_their_notes(self):
+        """Each goes on below the note that counts what it left out."""
+        answer = " ".join(f"w{i}" for i in range(9))
+        rows = np.eye(9, 10)
+        rows[3, 2:4] = 4, 6  # it may leave out a word
+        result = made(rows, "p", answer, explain=-1, segment=word_spans)
+        text = shown(result, 160).split("Heaviest paths\n")[1].split("\n\n")[0]
+        lines = [line.rstrip() for line in text.splitlines()]
+        notes = [n for n, line in enumerate(lines) if line.endswith("units ...")]
+        assert [re.search(r"\d", lines[n])[0] for n in notes] == ["3", "2"]
+        # Below each note stand the units of one path, and its share.
+        ends = [*notes[1:], len(lines)]
+        for start, stop, share in zip(notes, ends, ("60.0%", "40.0%"), strict=True):
+            told = " ".join(lines[start + 1 : stop])
+            assert told.count("%") == 1
+            assert share in told
+
     def test_a_result_without_mass_says_so(self):
         """No path, all of it leaked."""
         text = shown(made(np.zeros((2, 5)), explain=1))
@@ -483,10 +504,27 @@ class TestHostileText:
                 "Zp",
             )
 
-    @given(st.text(alphabet=st.characters(categories=["L", "N", "P", "S"])))
+    @given(
+        st.text(
+            st.characters(categories=["L", "N", "P", "S"], exclude_characters=BLANK)
+        )
+    )
     def test_other_text_is_left_alone(self, text):
         """Letters, digits, punctuation and symbols of all scripts."""
         assert harmless(text) == text
+
+    @pytest.mark.parametrize("character", BLANK)
+    def test_blank_letters_are_escaped(self, character):
+        """What they hide would not be seen."""
+        expected = f"a\\u{ord(character):04x}b"
+        assert harmless(f"a{character}b") == expected
+
+    def test_how_it_was_made_is_escaped(self, solved):
+        """A file of somebody else may say anything."""
+        solved.meta.update(method="\x1b]0;x\x07", units="\u202e", model="\x9b")
+        text = shown(solved)
+        assert r"\x9b, \x1b]0;x\x07, positive" in text
+        assert r"\u202e units" in text
 
 
 TEXTS = {
@@ -495,6 +533,37 @@ TEXTS = {
     "one long word": ("x" * 300, "y" * 90),
     "hostile": (HOSTILE, HOSTILE),
 }
+
+
+class TestExplained:
+    """What is explained, and along which paths."""
+
+    def test_stretches_are_told_one_by_one(self):
+        """What stands between them is not part of the question."""
+        rows = np.tril(np.ones((4, 5)), 0)
+        result = made(rows, "Rain.", "It is. So. Was it? No.")
+        graph, units = result.graph, result.units
+        for explained, told in (
+            ([0, 2, 3], '"It is." and "Was it? No."'),
+            ([0, 2], '"It is." and "Was it?"'),
+        ):
+            asked = GraphAttributionResult(
+                graph,
+                units,
+                explained,
+                source_text="Rain.",
+                generated_text="It is. So. Was it? No.",
+            )
+            assert f"Explained: {told}\n" in shown(asked)
+
+    @pytest.mark.parametrize(
+        ("hops", "told"),
+        [(None, "all paths"), (1, "paths of at most 1 hop"), (2, "paths of at most 2")],
+    )
+    def test_paths_that_are_cut_are_told(self, hops, told):
+        """In the heading of their view."""
+        rows = [[3, 0, 1, 0, 0], [0.5, 0.5, 0, 3, 0]]
+        assert f"marginalised: along {told}" in shown(made(rows, hops=hops))
 
 
 class TestWidthAndColour:

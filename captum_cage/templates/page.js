@@ -77,11 +77,12 @@
   }
 
   /** The contrast holds only where everything that it is about is explained. */
-  function startsByFirstRows(steps) {
-    if (!first) return false;
+  function holds(steps) {
     const chosen = new Set(steps);
     return [...foiled].every((step) => chosen.has(step));
   }
+
+  const startsByFirstRows = (steps) => first !== null && holds(steps);
 
   /**
    * The mass of some steps along all paths, or along those with at most `hops` passes.
@@ -358,10 +359,14 @@
   }
 
   // Characters that cannot be seen or that would rearrange the text: controls, format,
-  // tag and bidirectional characters, line separators, lone surrogates, variation
-  // selectors in a row, which hide messages. White space as it stands stays, and so do
-  // the joiners that scripts and emoji are written with.
-  const ODD = /[^\P{C}\n\t\u200c\u200d]|[\u2028\u2029]|(?<=[\ufe00-\ufe0f\u{e0100}-\u{e01ef}])[\ufe00-\ufe0f\u{e0100}-\u{e01ef}]/gu;
+  // tag and bidirectional characters, line separators, blank letters, lone surrogates,
+  // variation selectors in a row, which hide messages. White space as it stands stays,
+  // and so do the joiners that scripts and emoji are written with.
+  const ODD = new RegExp([
+    String.raw`[^\P{C}\n\t\u200c\u200d]`,
+    String.raw`[\u2028\u2029\u034f\u115f\u1160\u17b4\u17b5\u2800\u3164\uffa0]`,
+    String.raw`(?<=[\u180b-\u180f\ufe00-\ufe0f\u{e0100}-\u{e01ef}])[\u180b-\u180f\ufe00-\ufe0f\u{e0100}-\u{e01ef}]`,
+  ].join("|"), "gu");
   const codeOf = (character) => `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
 
   /** Append text in which no character can hide. */
@@ -490,8 +495,10 @@
       appendGap(box, side, done, text.length);
       box.append(labelLayers[side]);
     }
-    const firstOne = shown.find((group) => group.steps.length);
-    if (firstOne) firstOne.element.tabIndex = 0;
+    for (const side of [0, 1]) {
+      const one = shown.find((group) => group.side === side && (side === 0 || group.steps.length));
+      if (one) one.element.tabIndex = 0;
+    }
   }
 
   function appendGap(box, side, start, stop) {
@@ -507,14 +514,16 @@
     if (blank && /[\n\r]/.test(text)) made.append(element("span", "break", "⏎"));
     if (text === "") made.append(element("span", "odd", "∅"));
     // White space at its ends stays outside the shade, or lines would end in stubs of it.
-    const [, before, inner, after] = blank ? [null, "", text, ""] : /^((?:[ \t\n]|\r\n)*)([^]*?)((?:[ \t\n]|\r\n)*)$/.exec(text);
+    const start = blank ? 0 : /^(?:[ \t\n]|\r\n)*/.exec(text)[0].length;
+    let end = text.length;
+    while (!blank && " \t\n".includes(text[end - 1])) end -= text.slice(end - 2, end) === "\r\n" ? 2 : 1;
+    const [before, inner, after] = [text.slice(0, start), text.slice(start, end), text.slice(end)];
     appendText(made, inner);
     if (isCode(cell.side, cell.start + text.search(/\S|$/))) made.classList.add("code");
     if (cell.units.every((unit) => special.has(unit))) made.classList.add("special");
-    if (steps.length) {
-      made.setAttribute("role", "option");
-      made.tabIndex = -1;
-    }
+    made.setAttribute("role", cell.side ? "option" : "listitem");
+    if (cell.side && !steps.length) made.setAttribute("aria-disabled", "true"); // text from outside
+    made.tabIndex = -1;
     const around = [before, after].map((space) => (space ? element("span", "space", space) : null));
     const group = { ...cell, steps, text, element: made, around, place: shown.length };
     made.dataset.place = group.place;
@@ -616,11 +625,11 @@
       const unit = unitOf[step];
       const last = parts[parts.length - 1];
       const placed = told.starts[unit] >= 0;
-      if (last && before === step - 1 && placed && last.side === sideOf(unit)) last.stop = Math.max(last.stop, told.stops[unit]);
-      else parts.push({ side: sideOf(unit), start: told.starts[unit], stop: told.stops[unit], label: placed ? null : textOf(unit) });
-      before = step;
+      if (last && before === unit - 1 && placed && last.label === null) last.stop = Math.max(last.stop, told.stops[unit]);
+      else parts.push({ start: told.starts[unit], stop: told.stops[unit], label: placed ? null : textOf(unit) });
+      before = unit;
     }
-    return parts.map((part) => part.label ?? told.texts[part.side].slice(part.start, part.stop)).join(" … ");
+    return parts.map((part) => part.label ?? told.texts[1].slice(part.start, part.stop)).join(" … ");
   }
 
   /** Where mass is that the switch for hops leaves open. */
@@ -636,7 +645,9 @@
     const { total } = answer;
     const text = selectedText();
     byId("selected").textContent = "";
+    if (text === "") byId("selected").append(element("span", "odd", "∅"));
     appendText(byId("selected"), text.trim() || text);
+    byId("contrast").hidden = !foiled.size || holds(state.steps);
     let [sources, against] = [0, 0];
     for (let one = 0; one < N; one++) {
       if (stepOf[one] >= 0) continue;
@@ -853,15 +864,25 @@
 
   /** The mass that flows between sentences, heaviest first. */
   function flows() {
-    const sums = new Map();
-    eachFlow(answer, (later, earlier, mass) => {
+    const arcs = new Map(); // two sentences -> the place of their sums
+    const sums = { net: [], all: [] };
+    eachFlow(answer, (later, earlier, net, all) => {
       const [from, to] = [mapRowOf[later], mapRowOf[earlier]];
       if (from === to) return;
       const key = from * mapGroups.length + to;
-      sums.set(key, (sums.get(key) ?? 0) + mass);
+      let place = arcs.get(key);
+      if (place === undefined) {
+        place = arcs.size;
+        arcs.set(key, place);
+        sums.net.push(0);
+        sums.all.push(0);
+      }
+      sums.net[place] += net;
+      sums.all[place] += all;
     });
-    return [...sums].map(([key, mass]) => ({
-      from: Math.floor(key / mapGroups.length), to: key % mapGroups.length, mass: mass / answer.total,
+    const masses = signed(sums);
+    return [...arcs].map(([key, place]) => ({
+      from: Math.floor(key / mapGroups.length), to: key % mapGroups.length, mass: masses[place] / answer.total,
     }));
   }
 
@@ -946,7 +967,7 @@
         "stroke-width": (0.8 + 5.2 * size).toFixed(2), opacity: (0.25 + 0.65 * Math.sqrt(size)).toFixed(2),
         "data-from": arc.from, "data-to": arc.to,
       });
-      if (arc.mass < 0) path.classList.add("minus");
+      if (arc.mass < 0 || state.sign === "negative") path.classList.add("minus");
       svg.append(path);
     }
   }
@@ -1072,7 +1093,7 @@
   const isGenerated = (group) => Boolean(group && group.steps.length);
 
   function moveFocus(group) {
-    for (const other of shown) if (other.steps.length) other.element.tabIndex = other === group ? 0 : -1;
+    for (const other of shown) if (other.side === group.side) other.element.tabIndex = other === group ? 0 : -1;
     group.element.focus();
   }
 
@@ -1110,12 +1131,12 @@
 
   const sentenceOf = (group) => mapRowOf[group.units[0]];
 
-  /** The next group with generated units, or the first one of the next sentence. */
+  /** The next group of the same text, or the first one of the next sentence. */
   function neighbour(group, way, bySentence) {
     let best = null;
     for (let place = group.place + way; place >= 0 && place < shown.length; place += way) {
       const other = shown[place];
-      if (!isGenerated(other)) continue;
+      if (other.side !== group.side) break;
       if (!bySentence) return other;
       if (best && sentenceOf(other) !== sentenceOf(best)) break;
       if (sentenceOf(other) !== sentenceOf(group)) {
@@ -1126,20 +1147,20 @@
     return best;
   }
 
-  boxes[1].addEventListener("keydown", (event) => {
+  byId("texts").addEventListener("keydown", (event) => {
     const group = groupAt(event.target);
-    if (!isGenerated(group)) return;
+    if (!group) return;
     const way = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
     if (way) {
       event.preventDefault();
       const next = neighbour(group, way, event.key === "ArrowDown" || event.key === "ArrowUp");
       if (!next) return;
-      if (event.shiftKey) {
+      if (event.shiftKey && group.side) {
         anchorGroup ??= group;
         select(stepsBetween(anchorGroup, next));
       } else anchorGroup = null;
       moveFocus(next);
-    } else if (event.key === "Enter" || event.key === " ") {
+    } else if (isGenerated(group) && (event.key === "Enter" || event.key === " ")) {
       event.preventDefault();
       anchorGroup = group;
       select(group.steps);
@@ -1175,9 +1196,12 @@
     relight(place);
   });
   byId("more").addEventListener("click", () => {
+    const before = found.length;
     state.paths *= 2;
     found = bestPaths(state.steps, state.paths);
     listPaths();
+    relight(state.pinned);
+    byId("paths").querySelector(`[data-path="${before}"]`)?.focus();
   });
   byId("arcs-on").addEventListener("change", drawArcs);
 
