@@ -344,7 +344,7 @@ class TestPaths:
         """Each goes on below the note that counts what it left out."""
         answer = " ".join(f"w{i}" for i in range(9))
         rows = np.eye(9, 10)
-        rows[3, 2:4] = 4, 6  # it may leave out a word
+        rows[1, 0:2] = 4, 6  # the first word may be left out
         result = made(rows, "p", answer, explain=-1, segment=word_spans)
         text = shown(result, 160).split("Heaviest paths\n")[1].split("\n\n")[0]
         lines = [line.rstrip() for line in text.splitlines()]
