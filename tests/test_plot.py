@@ -181,6 +181,18 @@ def test_what_the_font_lacks_is_seen_to_be_missing():
     assert {"□□", "a\\nb", "\\u202eabc"} <= set(texts_of(figure))
 
 
+def test_what_a_generic_family_stands_for_may_change():
+    """The characters that are drawn change with it."""
+    result = made([[1, 0]], ["\u042f", "b"], 1, [0])
+    drawn = []
+    mpl.rcParams["axes.formatter.use_mathtext"] = True  # cmr10 has no minus sign
+    for name in ("cmr10", "DejaVu Serif"):
+        with mpl.rc_context({"font.family": ["serif"], "font.serif": [name]}):
+            drawn.append(texts_of(result.plot_sources()[0]))
+    assert "\u25a1" in drawn[0]
+    assert "\u042f" in drawn[1]
+
+
 def test_fonts_that_have_a_character_are_found():
     """By the families of the settings, in which those after the first help out."""
     mpl.rcParams["font.family"] = ["no such font", "DejaVu Sans"]

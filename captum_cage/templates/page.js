@@ -1160,7 +1160,7 @@
         select(stepsBetween(anchorGroup, next));
       } else anchorGroup = null;
       moveFocus(next);
-    } else if (isGenerated(group) && (event.key === "Enter" || event.key === " ")) {
+    } else if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
       anchorGroup = group;
       select(group.steps);
