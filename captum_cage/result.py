@@ -147,8 +147,8 @@ class GraphAttributionResult(LLMAttributionResult):
     Raises:
         TypeError: if ``hops`` is not a whole number, ``explained`` holds anything
             else, or ``meta`` holds no JSON values.
-        ValueError: if ``hops`` is negative, if ``explained`` does not rise or names no
-            generated unit, or if a unit stands outside its text.
+        ValueError: if ``hops`` is negative, or ``explained`` does not rise or names no
+            generated unit.
 
     Attributes:
         graph (AttributionGraph): the graph.
@@ -204,7 +204,6 @@ class GraphAttributionResult(LLMAttributionResult):
         self.generated_breaks = tuple(generated_breaks)
         self.meta = dict(meta or {})
         _check_meta(self.meta)
-        _check_spans(self, graph)
         self.hops = hops
         self.thinking = Thinking.none() if thinking is None else thinking
         self.foils = tuple(foils)
@@ -1044,12 +1043,18 @@ class GraphAttributionResult(LLMAttributionResult):
             ]
             if [not unit.generated for unit in units] != graph.sources.tolist():
                 raise not_a_result(path)
+            texts = str(header["source_text"]), str(header["generated_text"])
+            cut = int(graph.generated_units[0])
+            for place, unit in enumerate(units):
+                start, stop = unit.span or (0, 0)
+                if not 0 <= start <= stop <= len(texts[place >= cut]):
+                    raise not_a_result(path)
             return cls(
                 graph,
                 units,
                 header["explained"],
-                source_text=str(header["source_text"]),
-                generated_text=str(header["generated_text"]),
+                source_text=texts[0],
+                generated_text=texts[1],
                 output_probs=arrays.get("output_probs"),
                 breaks=[int(end) for end in header["breaks"]],
                 generated_breaks=[
@@ -1104,22 +1109,6 @@ def _check_meta(meta: dict[str, Any]) -> None:
                 "Turn arrays into lists, and NumPy's numbers into Python's.",
             )
         ) from error
-
-
-def _check_spans(result: GraphAttributionResult, graph: AttributionGraph) -> None:
-    """Refuse units that stand outside their text."""
-    cut = int(graph.generated_units[0])
-    for place, unit in enumerate(result.units):
-        text = result.source_text if place < cut else result.generated_text
-        if unit.span is not None and not 0 <= unit.span[0] <= unit.span[1] <= len(text):
-            raise ValueError(
-                complaint(
-                    f"units[{place}].span",
-                    f"must lie within the text of {len(text)} characters",
-                    f"{unit.span} came",
-                    "Pass where the unit begins and ends.",
-                )
-            )
 
 
 def _grouped(

@@ -521,11 +521,6 @@ REFUSED = {
     ),
     "an array": ({"meta": {"a": np.ones(2)}}, TypeError, "meta: must hold JSON values"),
     "no number": ({"meta": {"a": np.nan}}, TypeError, "meta: must hold JSON values"),
-    "beyond the text": (
-        {"generated_text": "b"},
-        ValueError,
-        r"units\[2\].span: must lie within the text of 1 characters, but \(2, 3\) came",
-    ),
 }
 
 
@@ -547,8 +542,7 @@ def plain_result(**changed):
 def test_what_makes_no_result_is_refused(name):
     """Not when it is drawn or saved."""
     changed, error, told = REFUSED[name]
-    match = told if "\\" in told else re.escape(told)
-    with pytest.raises(error, match=match):
+    with pytest.raises(error, match=re.escape(told)):
         plain_result(**changed)
 
 
