@@ -50,6 +50,14 @@ class Explanation(Protocol):
         """Text that follows it."""
 
     @property
+    def breaks(self) -> tuple[int, ...]:
+        """Characters of the prompt that no unit reaches across."""
+
+    @property
+    def generated_breaks(self) -> tuple[int, ...]:
+        """The same of the text that follows it."""
+
+    @property
     def meta(self) -> Mapping[str, Any]:
         """How the explanation was made, JSON values."""
 
@@ -64,6 +72,14 @@ class Explanation(Protocol):
     @property
     def foils(self) -> tuple[Foil, ...]:
         """What rows are contrasted with."""
+
+    @property
+    def drawn(self) -> Any:
+        """The `DrawnRows` of a random method, or None."""
+
+    @property
+    def output_probs(self) -> Tensor | None:
+        """Probability of each generated unit, ``(G,)``."""
 
     @property
     def input_tokens(self) -> list[str]:

@@ -15,17 +15,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from captum.attr import InterpretableInput, LLMAttributionResult
-from scipy.sparse import csr_array, issparse
+from scipy.sparse import issparse
 from torch import Tensor
 
+from captum_cage import record
 from captum_cage._checks import complaint, whole_number
-from captum_cage.archive import Arrays, not_a_result, read, replacing, write
+from captum_cage.archive import not_a_result, replacing, write
 from captum_cage.draws import DrawnRows
-from captum_cage.foils import Foil
-from captum_cage.graph import AttributionGraph, Parts, RowsBehind
+from captum_cage.graph import AttributionGraph, Parts
 from captum_cage.solve import Path
 from captum_cage.spans import Explain, explained_units
-from captum_cage.text import Span, TokenText, harmless
+from captum_cage.text import TokenText, harmless
 from captum_cage.thinking import Part, Thinking
 from captum_cage.units import (
     Granularity,
@@ -36,15 +36,7 @@ from captum_cage.units import (
     split_units,
 )
 
-__all__ = ["FORMAT_VERSION", "GraphAttributionResult", "TextPath"]
-
-FORMAT = "captum_cage.result"
-FORMAT_VERSION = 3
-"""Of the files that are written. Older ones are read, too: version 1 had complete rows
-only, version 2 no foils, no thinking and no draws."""
-
-_CSR = ("data", "indices", "indptr")
-_READABLE = (1, 2, FORMAT_VERSION)
+__all__ = ["GraphAttributionResult", "TextPath"]
 
 
 @dataclass(frozen=True)
@@ -804,7 +796,7 @@ class GraphAttributionResult(LLMAttributionResult):
         What :meth:`to_json` writes, and :meth:`load` reads.
         """
         return {
-            **self._header(),
+            **record.header_of(self),
             "output_probs": None
             if self.output_probs is None
             else self.output_probs.tolist(),
@@ -839,37 +831,6 @@ class GraphAttributionResult(LLMAttributionResult):
                 "steps": self.drawn.steps.tolist(),
                 "behind": self.drawn.behind.tolist(),
             },
-        }
-
-    def _header(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": FORMAT_VERSION,
-            "meta": self.meta,
-            "normalization": self.graph.normalization,
-            "source_text": self.source_text,
-            "generated_text": self.generated_text,
-            "breaks": list(self.breaks),
-            "generated_breaks": list(self.generated_breaks),
-            "explained": list(self.explained),
-            "hops": self.hops,
-            "thinking": {
-                "breaks": list(self.thinking.breaks),
-                **{
-                    part.value: [list(span) for span in spans]
-                    for part, spans in self.thinking.spans.items()
-                },
-            },
-            "foils": [[foil.unit, foil.target, foil.text] for foil in self.foils],
-            "units": [
-                {
-                    "text": unit.text,
-                    "generated": unit.generated,
-                    "span": None if unit.span is None else list(unit.span),
-                    "special": unit.special,
-                }
-                for unit in self.units
-            ],
         }
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str | None:
@@ -946,25 +907,7 @@ class GraphAttributionResult(LLMAttributionResult):
         if FilePath(path).suffix.lower() == ".json":
             self.to_json(path)
             return
-        arrays: dict[str, Any] = {
-            "sources": self.graph.sources,
-            "kept": self.graph.kept,
-            "rows_sparse": np.array(issparse(self.graph.rows)),
-        }
-        if self.output_probs is not None:
-            arrays["output_probs"] = self.output_probs.numpy()
-        arrays |= _csr_arrays("rows", csr_array(self.graph.rows))
-        if self.graph.behind is not None:
-            arrays |= _csr_arrays("behind", self.graph.behind.rows)
-            arrays["behind_steps"] = self.graph.behind.steps
-            arrays["behind_kept"] = self.graph.behind.kept
-        if self.drawn is not None:
-            arrays |= {
-                "drawn_rows": self.drawn.rows,
-                "drawn_steps": self.drawn.steps,
-                "drawn_behind": self.drawn.behind,
-            }
-        write(path, self._header(), arrays)
+        write(path, record.header_of(self), record.arrays_of(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> GraphAttributionResult:
@@ -980,108 +923,11 @@ class GraphAttributionResult(LLMAttributionResult):
             OSError: if the file cannot be read.
             ValueError: if it is no saved result, or of an unknown version.
         """
-        header, found = read(path)
-        if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise not_a_result(path)
-        version = header.get("version")
-        if version not in _READABLE:
-            readable = " or ".join(map(str, _READABLE))
-            raise ValueError(
-                complaint(
-                    f"{os.fspath(path)}",
-                    f"must be a result of format version {readable}",
-                    f"version {version!r} came",
-                    "Load it with the captum_cage that saved it.",
-                )
-            )
+        parts = record.read_parts(path)
         try:
-            arrays = _arrays_of(header) if found is None else found
-            rows = _csr_of("rows", arrays)
-            if rows.shape[1:] != arrays["sources"].shape:
-                raise not_a_result(path)  # before anything of that size is made
-            behind = None
-            if "behind_steps" in arrays:
-                behind = RowsBehind(
-                    arrays["behind_steps"],
-                    _csr_of("behind", arrays),
-                    arrays["behind_kept"],
-                )
-            first = version == 1
-            graph = AttributionGraph.from_rows(
-                rows if not first and arrays["rows_sparse"] else rows.toarray(),
-                arrays["sources"],
-                header["normalization"],
-                kept=None if first else arrays["kept"],
-                behind=behind,
-            )
-            drawn = None
-            if "drawn_rows" in arrays:
-                drawn = DrawnRows(
-                    arrays["drawn_rows"],
-                    arrays["drawn_steps"],
-                    arrays["drawn_behind"],
-                    graph.sources,
-                    graph.normalization,
-                )
-                drawn.mean_graph()  # which checks the arrays
-            marked = header.get("thinking", {})
-            thinking = Thinking(
-                {
-                    part: tuple(_pair(span) for span in marked.get(part.value, ()))
-                    for part in Part
-                },
-                tuple(int(end) for end in marked.get("breaks", ())),
-            )
-            units = [
-                Unit(
-                    str(unit["text"]),
-                    bool(unit["generated"]),
-                    _span(unit["span"]),
-                    bool(unit["special"]),
-                )
-                for unit in header["units"]
-            ]
-            if [not unit.generated for unit in units] != graph.sources.tolist():
-                raise not_a_result(path)
-            texts = str(header["source_text"]), str(header["generated_text"])
-            cut = int(graph.generated_units[0])
-            for place, unit in enumerate(units):
-                start, stop = unit.span or (0, 0)
-                if not 0 <= start <= stop <= len(texts[place >= cut]):
-                    raise not_a_result(path)
-            return cls(
-                graph,
-                units,
-                header["explained"],
-                source_text=texts[0],
-                generated_text=texts[1],
-                output_probs=arrays.get("output_probs"),
-                breaks=[int(end) for end in header["breaks"]],
-                generated_breaks=[
-                    int(end) for end in header.get("generated_breaks", ())
-                ],
-                meta=header["meta"],
-                hops=None if first else header["hops"],
-                thinking=thinking,
-                foils=[
-                    Foil(
-                        whole_number("unit", unit, stop=graph.n_generated, remedy=""),
-                        str(target),
-                        str(text),
-                    )
-                    for unit, target, text in header.get("foils", ())
-                ],
-                drawn=drawn,
-            )
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            IndexError,
-            ArithmeticError,
-            AssertionError,  # of Captum's result, where a shape does not fit
-        ) as error:
+            return cls(**parts)
+        # An assertion of Captum's result, where a shape does not fit.
+        except (TypeError, ValueError, AssertionError) as error:
             raise not_a_result(path) from error
 
 
@@ -1148,55 +994,3 @@ def _indicator(units: Units) -> npt.NDArray[np.float64]:
 def _dense(rows: Any) -> npt.NDArray[np.float64]:
     dense: npt.NDArray[np.float64] = rows.toarray() if issparse(rows) else rows
     return dense
-
-
-def _csr_arrays(name: str, rows: csr_array) -> dict[str, Any]:
-    """The arrays of a sparse matrix, as they are saved."""
-    arrays = {f"{name}_{part}": getattr(rows, part) for part in _CSR}
-    return {**arrays, f"{name}_shape": np.array(rows.shape)}
-
-
-def _arrays_of(record: Mapping[str, Any]) -> Arrays:
-    """The arrays of a result that was written as JSON, as they are in other files."""
-    sources = np.array([not unit["generated"] for unit in record["units"]], dtype=bool)
-    rows = _numbers(record["rows"])
-    kept = record["kept"]
-    arrays = {
-        "sources": sources,
-        "kept": np.ones(len(rows)) if kept is None else _numbers(kept),
-        "rows_sparse": np.array(bool(record.get("rows_sparse", False))),
-        **_csr_arrays("rows", csr_array(rows)),
-    }
-    if record["output_probs"] is not None:
-        arrays["output_probs"] = _numbers(record["output_probs"])
-    if (behind := record.get("behind")) is not None:
-        arrays |= _csr_arrays("behind", csr_array(_numbers(behind["rows"])))
-        arrays["behind_steps"] = np.array(behind["steps"], dtype=np.int64)
-        arrays["behind_kept"] = _numbers(behind["kept"])
-    if (drawn := record.get("drawn")) is not None:
-        arrays["drawn_rows"] = _numbers(drawn["rows"])
-        arrays["drawn_steps"] = np.array(drawn["steps"], dtype=np.int64)
-        count = len(arrays["drawn_rows"]), len(drawn["steps"]), len(sources)
-        arrays["drawn_behind"] = _numbers(drawn["behind"]).reshape(count)
-    return arrays
-
-
-def _numbers(values: Any) -> npt.NDArray[np.float64]:
-    return np.array(values, dtype=np.float64)
-
-
-def _csr_of(name: str, arrays: Mapping[str, Any]) -> csr_array:
-    """A sparse matrix from its arrays; raises where they are none."""
-    parts = tuple(arrays[f"{name}_{part}"] for part in _CSR)
-    rows = csr_array(parts, shape=tuple(int(n) for n in arrays[f"{name}_shape"]))
-    rows.check_format()
-    return rows
-
-
-def _span(value: Any) -> Span | None:
-    return None if value is None else _pair(value)
-
-
-def _pair(value: Any) -> Span:
-    start, stop = value
-    return int(start), int(stop)

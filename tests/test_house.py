@@ -24,7 +24,7 @@ LAYERS = (
     {"_captum", "_model", "_shares", "solve", "text"},
     {"units", "graph", "frontier", "causal", "thinking", "foils"},
     {"draws", "archive", "explanation"},
-    {"plot", "html", "export"},
+    {"plot", "html", "export", "record"},
     {"spans", "inputs"},
     {"task", "traces"},
     {"methods"},

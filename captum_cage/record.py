@@ -1,0 +1,270 @@
+"""What a file of a result holds: a header and arrays, or all of it as JSON."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array, issparse
+
+from captum_cage._checks import complaint, whole_number
+from captum_cage.archive import Arrays, not_a_result, read
+from captum_cage.draws import DrawnRows
+from captum_cage.explanation import Explanation
+from captum_cage.foils import Foil
+from captum_cage.graph import AttributionGraph, RowsBehind
+from captum_cage.text import Span
+from captum_cage.thinking import Part, Thinking
+from captum_cage.units import Unit
+
+__all__ = ["FORMAT_VERSION", "arrays_of", "header_of", "read_parts"]
+
+_FORMAT = "captum_cage.result"
+FORMAT_VERSION = 3
+"""Of the files that are written. Older ones are read, too: version 1 had complete rows
+only, version 2 no foils, no thinking and no draws."""
+
+_READABLE = (1, 2, FORMAT_VERSION)
+_CSR = ("data", "indices", "indptr")
+
+
+# --- writing -------------------------------------------------------------------------
+
+
+def header_of(result: Explanation) -> dict[str, Any]:
+    """What is no array, as JSON values."""
+    return {
+        "format": _FORMAT,
+        "version": FORMAT_VERSION,
+        "meta": dict(result.meta),
+        "normalization": result.graph.normalization,
+        "source_text": result.source_text,
+        "generated_text": result.generated_text,
+        "breaks": list(result.breaks),
+        "generated_breaks": list(result.generated_breaks),
+        "explained": list(result.explained),
+        "hops": result.hops,
+        "thinking": {
+            "breaks": list(result.thinking.breaks),
+            **{
+                part.value: [list(span) for span in spans]
+                for part, spans in result.thinking.spans.items()
+            },
+        },
+        "foils": [[foil.unit, foil.target, foil.text] for foil in result.foils],
+        "units": [
+            {
+                "text": unit.text,
+                "generated": unit.generated,
+                "span": None if unit.span is None else list(unit.span),
+                "special": unit.special,
+            }
+            for unit in result.units
+        ],
+    }
+
+
+def arrays_of(result: Explanation) -> Arrays:
+    """The arrays, by name."""
+    graph, drawn = result.graph, result.drawn
+    arrays: Arrays = {
+        "sources": graph.sources,
+        "kept": graph.kept,
+        "rows_sparse": np.array(issparse(graph.rows)),
+        **_csr_arrays("rows", csr_array(graph.rows)),
+    }
+    if result.output_probs is not None:
+        arrays["output_probs"] = result.output_probs.numpy()
+    if graph.behind is not None:
+        arrays |= _csr_arrays("behind", graph.behind.rows)
+        arrays["behind_steps"] = graph.behind.steps
+        arrays["behind_kept"] = graph.behind.kept
+    if drawn is not None:
+        arrays["drawn_rows"] = drawn.rows
+        arrays["drawn_steps"] = drawn.steps
+        arrays["drawn_behind"] = drawn.behind
+    return arrays
+
+
+def _csr_arrays(name: str, rows: csr_array) -> Arrays:
+    """The arrays of a sparse matrix, as they are saved."""
+    arrays = {f"{name}_{part}": getattr(rows, part) for part in _CSR}
+    return {**arrays, f"{name}_shape": np.array(rows.shape)}
+
+
+# --- reading -------------------------------------------------------------------------
+
+
+def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments that a result is made of, from a file of any form.
+
+    Args:
+        path (str or PathLike): the file.
+
+    Raises:
+        TypeError: if ``path`` is no path.
+        OSError: if the file cannot be read.
+        ValueError: if it is no saved result, or of an unknown version.
+    """
+    header, found = read(path)
+    if not isinstance(header, dict) or header.get("format") != _FORMAT:
+        raise not_a_result(path)
+    version = header.get("version")
+    if version not in _READABLE:
+        readable = " or ".join(map(str, _READABLE))
+        raise ValueError(
+            complaint(
+                f"{os.fspath(path)}",
+                f"must be a result of format version {readable}",
+                f"version {version!r} came",
+                "Load it with the captum_cage that saved it.",
+            )
+        )
+    try:
+        return _parts(header, _listed_arrays(header) if found is None else found)
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+    ) as error:
+        raise not_a_result(path) from error
+
+
+def _parts(header: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
+    graph = _graph(header, arrays)
+    texts = str(header["source_text"]), str(header["generated_text"])
+    probs = arrays.get("output_probs")
+    foils = [
+        Foil(_step(unit, graph), str(target), str(text))
+        for unit, target, text in header.get("foils", ())
+    ]
+    return {
+        "graph": graph,
+        "units": _units(header, graph, texts),
+        "explained": [_step(step, graph) for step in header["explained"]],
+        "source_text": texts[0],
+        "generated_text": texts[1],
+        "output_probs": probs,
+        "breaks": [int(end) for end in header["breaks"]],
+        "generated_breaks": [int(end) for end in header.get("generated_breaks", ())],
+        "meta": header["meta"],
+        "hops": None if header["version"] == 1 else header["hops"],
+        "thinking": _thinking(header.get("thinking", {})),
+        "foils": foils,
+        "drawn": _drawn(arrays, graph),
+    }
+
+
+def _graph(header: Mapping[str, Any], arrays: Arrays) -> AttributionGraph:
+    rows = _csr_of("rows", arrays)
+    if rows.shape[1:] != arrays["sources"].shape:
+        raise ValueError("Rows and sources differ.")  # before more of that size is made
+    behind = None
+    if "behind_steps" in arrays:
+        behind = RowsBehind(
+            arrays["behind_steps"], _csr_of("behind", arrays), arrays["behind_kept"]
+        )
+    first = header["version"] == 1
+    return AttributionGraph.from_rows(
+        rows if not first and arrays["rows_sparse"] else rows.toarray(),
+        arrays["sources"],
+        header["normalization"],
+        kept=None if first else arrays["kept"],
+        behind=behind,
+    )
+
+
+def _drawn(arrays: Arrays, graph: AttributionGraph) -> DrawnRows | None:
+    if "drawn_rows" not in arrays:
+        return None
+    drawn = DrawnRows(
+        arrays["drawn_rows"],
+        arrays["drawn_steps"],
+        arrays["drawn_behind"],
+        graph.sources,
+        graph.normalization,
+    )
+    drawn.mean_graph()  # which checks the arrays
+    return drawn
+
+
+def _thinking(marked: Mapping[str, Any]) -> Thinking:
+    spans = {
+        part: tuple(_pair(span) for span in marked.get(part.value, ())) for part in Part
+    }
+    return Thinking(spans, tuple(int(end) for end in marked.get("breaks", ())))
+
+
+def _units(
+    header: Mapping[str, Any], graph: AttributionGraph, texts: tuple[str, str]
+) -> list[Unit]:
+    """The units, each within its text."""
+    units = [
+        Unit(
+            str(unit["text"]),
+            bool(unit["generated"]),
+            None if unit["span"] is None else _pair(unit["span"]),
+            bool(unit["special"]),
+        )
+        for unit in header["units"]
+    ]
+    if [not unit.generated for unit in units] != graph.sources.tolist():
+        raise ValueError("Units and sources differ.")
+    cut = int(graph.generated_units[0])
+    for place, unit in enumerate(units):
+        start, stop = unit.span or (0, 0)
+        if not 0 <= start <= stop <= len(texts[place >= cut]):
+            raise ValueError("A unit stands outside its text.")
+    return units
+
+
+def _step(value: Any, graph: AttributionGraph) -> int:
+    return whole_number("unit", value, stop=graph.n_generated, remedy="Save it again.")
+
+
+def _listed_arrays(header: Mapping[str, Any]) -> Arrays:
+    """The arrays of a result that was written as JSON, as they are in other files."""
+    sources = np.array([not unit["generated"] for unit in header["units"]], dtype=bool)
+    rows = _numbers(header["rows"])
+    kept = header["kept"]
+    arrays = {
+        "sources": sources,
+        "kept": np.ones(len(rows)) if kept is None else _numbers(kept),
+        "rows_sparse": np.array(bool(header.get("rows_sparse", False))),
+        **_csr_arrays("rows", csr_array(rows)),
+    }
+    if header["output_probs"] is not None:
+        arrays["output_probs"] = _numbers(header["output_probs"])
+    if (behind := header.get("behind")) is not None:
+        arrays |= _csr_arrays("behind", csr_array(_numbers(behind["rows"])))
+        arrays["behind_steps"] = np.array(behind["steps"], dtype=np.int64)
+        arrays["behind_kept"] = _numbers(behind["kept"])
+    if (drawn := header.get("drawn")) is not None:
+        arrays["drawn_rows"] = _numbers(drawn["rows"])
+        arrays["drawn_steps"] = np.array(drawn["steps"], dtype=np.int64)
+        count = len(arrays["drawn_rows"]), len(drawn["steps"]), len(sources)
+        arrays["drawn_behind"] = _numbers(drawn["behind"]).reshape(count)
+    return arrays
+
+
+def _numbers(values: Any) -> npt.NDArray[np.float64]:
+    return np.array(values, dtype=np.float64)
+
+
+def _csr_of(name: str, arrays: Mapping[str, Any]) -> csr_array:
+    """A sparse matrix from its arrays; raises where they are none."""
+    parts = tuple(arrays[f"{name}_{part}"] for part in _CSR)
+    rows = csr_array(parts, shape=tuple(int(n) for n in arrays[f"{name}_shape"]))
+    rows.check_format()
+    return rows
+
+
+def _pair(value: Any) -> Span:
+    start, stop = value
+    return int(start), int(stop)
