@@ -4,8 +4,9 @@
     python docs/gallery/make.py --out FOLDER   # elsewhere
     python docs/gallery/make.py --check        # compares it with what is there
 
-All but the last one explain what the demo model wrote. The last one has random words
-and random rows: it shows how 3,000 tokens look.
+All but the last one explain what the demo model writes, one of them with an answer that
+was changed by hand. The last one has random words and random rows: it shows how 3,000
+tokens look.
 """
 
 from __future__ import annotations
