@@ -118,7 +118,8 @@ def test_a_whole_result_comes_back(name, suffix, tmp_path):
     assert loaded.units == result.units
     assert type(loaded.graph.rows) is type(result.graph.rows)
     if result.drawn is not None:
-        assert (loaded.intervals().low == result.intervals().low).all()
+        one, other = (each.intervals(resamples=50) for each in (loaded, result))
+        assert (one.low == other.low).all()
 
 
 def test_json_is_a_text_or_a_file(tmp_path):

@@ -35,6 +35,7 @@ from captum_cage.methods.catalogue import (
 )
 from tiny import (
     ARCHITECTURES,
+    UNITS_AND_ARCHITECTURES,
     LocalProvider,
     image_input,
     inputs_of_each_kind,
@@ -132,8 +133,7 @@ def assert_sound(result):
 class TestConformance:
     """Every method, with every input and unit, over every architecture."""
 
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
-    @pytest.mark.parametrize("units", ["token", "word", "sentence"])
+    @pytest.mark.parametrize(("units", "arch"), UNITS_AND_ARCHITECTURES)
     @every_method
     def test_what_is_supported_runs(self, made, models, tokenizer, name, units, arch):
         """Tokens everywhere; templates where no tokens are needed."""

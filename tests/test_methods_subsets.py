@@ -22,6 +22,7 @@ from captum_cage.testing import check_engine
 from conftest import PROMPT
 from tiny import (
     ARCHITECTURES,
+    UNITS_AND_ARCHITECTURES,
     LocalProvider,
     image_input,
     inputs_of_each_kind,
@@ -656,8 +657,7 @@ class TestProbabilities:
 class TestEngine:
     """All rows at once are the loop's."""
 
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
-    @pytest.mark.parametrize("units", ["token", "word", "sentence"])
+    @pytest.mark.parametrize(("units", "arch"), UNITS_AND_ARCHITECTURES)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("method", [CLime, LShap])
     def test_rows_are_the_loop_s(self, tokenizer, target, method, arch, units, dtype):

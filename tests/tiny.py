@@ -68,6 +68,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+# Units and architectures: what one does is the same for the other, so not all pairs.
+UNITS_AND_ARCHITECTURES = [
+    *(("token", arch) for arch in ARCHITECTURES),
+    ("word", "llama"),
+    ("sentence", "gemma3"),
+]
+
+
 def tiny_model(
     arch: str = "llama",
     *,
