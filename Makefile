@@ -48,8 +48,8 @@ $(STAMP): setup.cfg constraints.txt captum_cage/_version.py
 demo: $(STAMP) ## a small model solves a problem, and its answer is explained
 	@$(BIN)/captum-cage demo
 
-test: $(STAMP) ## all tests
-	$(TEST_ENV) $(BIN)/python $(PYTEST)
+test: $(STAMP) ## all tests but those of the docs, which are run by `make docs`
+	$(TEST_ENV) $(BIN)/python $(PYTEST) --ignore tests/test_docs.py
 
 cover: $(STAMP) ## all tests, with the lines and branches that none of them ran
 	$(TEST_ENV) $(BIN)/python $(PYTEST) --cov --cov-report=term-missing
@@ -93,7 +93,7 @@ wheel-test: $(STAMP) ## all tests, outside the tree, on the wheel as it would be
 	[ "$$imported" = "$$installed/captum_cage/__init__.py" ]; \
 	venv/bin/captum-cage --help > help.txt; \
 	$(TEST_ENV) venv/bin/python $(PYTEST) -c ../../pyproject.toml --rootdir ../.. \
-	  ../../tests --ignore ../../tests/test_house.py
+	  ../../tests --ignore ../../tests/test_house.py --ignore ../../tests/test_docs.py
 
 clean: ## removes all that is made here, .venv included
 	rm -rf $(VENV) build dist captum_cage.egg-info .coverage .coverage.* \
