@@ -93,7 +93,7 @@ wheel-test: $(STAMP) ## all tests, outside the tree, on the wheel as it would be
 	[ "$$imported" = "$$installed/captum_cage/__init__.py" ]; \
 	venv/bin/captum-cage --help > help.txt; \
 	$(TEST_ENV) venv/bin/python $(PYTEST) -c ../../pyproject.toml --rootdir ../.. \
-	  ../../tests --ignore ../../tests/test_house.py --ignore ../../tests/test_docs.py
+	  ../../tests --ignore ../../tests/test_house.py
 
 clean: ## removes all that is made here, .venv included
 	rm -rf $(VENV) build dist captum_cage.egg-info .coverage .coverage.* \

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from functools import cache
 from html import escape
 from itertools import pairwise
@@ -23,12 +22,11 @@ from scipy.sparse import csr_array, vstack
 
 from captum_cage._checks import complaint, shown, whole_number
 from captum_cage._version import __version__
-from captum_cage.archive import replacing
 from captum_cage.explanation import Explanation, explained_texts
 from captum_cage.graph import AttributionGraph, RowsBehind
 from captum_cage.text import harmless
 
-__all__ = ["MAX_BYTES", "NOTEBOOK_BYTES", "fitting_graph", "frame", "page", "write"]
+__all__ = ["MAX_BYTES", "NOTEBOOK_BYTES", "fitting_graph", "frame", "page"]
 
 MAX_BYTES = 1_000_000
 """Size of a page unless another one is asked for."""
@@ -110,23 +108,6 @@ def frame(explanation: Explanation, *, max_bytes: int | None = NOTEBOOK_BYTES) -
         f'<iframe srcdoc="{held}" sandbox="allow-scripts" title="captum_cage" '
         f'style="width:100%;height:{_HEIGHT}px;border:0"></iframe>'
     )
-
-
-def write(text: str, path: str | os.PathLike[str]) -> None:
-    """Write a page to a file, in UTF-8.
-
-    It is written beside its place first, so that an interrupt leaves no half file.
-
-    Args:
-        text: the page.
-        path: the file; an existing one is replaced.
-
-    Raises:
-        OSError: if the file cannot be written.
-    """
-    with replacing(path) as partial:
-        # As bytes: another end of line would be another hash of the script.
-        partial.write_bytes(text.encode("utf-8"))
 
 
 def fitting_graph(graph: AttributionGraph, n_bytes: int) -> AttributionGraph:

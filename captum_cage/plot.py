@@ -23,10 +23,11 @@ from matplotlib.patches import FancyBboxPatch, PathPatch
 from matplotlib.path import Path as Curve
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.cells import cell_len
 
 from captum_cage._checks import complaint, share_to_keep, shown, whole_number
 from captum_cage.explanation import Explanation, along
-from captum_cage.text import harmless
+from captum_cage.text import harmless, percent
 
 __all__ = [
     "plot_graph",
@@ -112,19 +113,9 @@ def _drawable(text: str) -> str:
     return "".join(map(drawn, harmless(text, one_line=True)))
 
 
-def _cells(text: str) -> int:
-    """The width of a text, in narrow characters."""
-    return sum(
-        0
-        if unicodedata.combining(character)
-        else 1 + (unicodedata.east_asian_width(character) in "WF")
-        for character in text
-    )
-
-
 def _cut(text: str, longest: int) -> str:
     """A text without its middle, where it is long."""
-    if _cells(text) <= longest:
+    if cell_len(text) <= longest:
         return text
     mark = " … " if " " in text else "…"
     room = longest - len(mark)
@@ -136,7 +127,7 @@ def _cut(text: str, longest: int) -> str:
 def _beginning(text: str, room: int) -> str:
     """As much of a text as there is room for, to the end of a word if one is near."""
     kept = text[:room]  # a character that joins another one takes no room
-    while _cells(kept) > room:
+    while cell_len(kept) > room:
         kept = kept[:-1]
     if not text[len(kept) :][:1].isspace():
         words = kept.rpartition(" ")[0]
@@ -147,7 +138,7 @@ def _beginning(text: str, room: int) -> str:
 def _wrapped(text: str, width: int, most: int) -> list[str]:
     """Lines of a text, without what lies between the first ones and its end."""
     # A wide character takes the room of two: the lines are as long as all of them.
-    room = max(width * len(text) // max(_cells(text), 1), 4)
+    room = max(width * len(text) // max(cell_len(text), 1), 4)
     lines = textwrap.wrap(text, room, drop_whitespace=True) or [text]
     if len(lines) > most:
         lines = [*lines[: most - 1], _cut(" ".join(lines[most - 1 :]), width)]
@@ -182,11 +173,6 @@ def _literal(texts: Iterable[Text]) -> None:
     for text in texts:
         text.set_parse_math(False)
         text.set_usetex(False)
-
-
-def _percent(share: float, signed: bool = False, digits: int = 1) -> str:
-    rounded = round(100 * float(share), digits) + 0.0  # no negative zero
-    return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}%"
 
 
 def _signed(result: Explanation) -> bool:
@@ -315,7 +301,7 @@ def _drawn_heatmap(
             ax.text(
                 column,
                 row,
-                _percent(value, is_signed, 0),
+                percent(value, is_signed),
                 ha="center",
                 va="center",
                 fontsize=8,
@@ -483,7 +469,7 @@ def plot_sources(
     ):
         bars = ax.barh(places + offset, values, 0.38, label=label, **look)
         texts = [
-            _percent(value, is_signed) if abs(value) >= _TOLD else "0%"
+            percent(value, is_signed, digits=1) if abs(value) >= _TOLD else "0%"
             for value in values
         ]
         ax.bar_label(bars, texts, padding=3, fontsize=8)
@@ -690,15 +676,18 @@ def _heaviest_edges(
         units |= {later, earlier}
         edges.append(_Edge(later, earlier, float(flow.data[entry])))
         kept += abs(float(flow.data[entry]))
-    share = _percent(kept / whole if whole else 1.0)
+    share = percent(kept / whole if whole else 1.0, digits=1)
     told = (
         f"{len(edges)} of {len(order)} arcs, with {share} of the mass on arcs; "
         f"{len(units)} of {graph.n_units} units."
     )
     total = _total(result)
-    ends = float(result.seq_attr.sum()) / total
-    told += f" To sources {_percent(ends)}, leak {_percent(result.leaked / total)}, "
-    told += f"unresolved {_percent(result.unresolved / total)}.\nAn arc: a later unit "
+    ends, leaked, unresolved = (
+        percent(mass / total, digits=1)
+        for mass in (float(result.seq_attr.sum()), result.leaked, result.unresolved)
+    )
+    told += f" To sources {ends}, leak {leaked}, "
+    told += f"unresolved {unresolved}.\nAn arc: a later unit "
     told += "rests on an earlier one. In brackets: mass that passes through."
     return edges, sorted(units), told
 
@@ -807,7 +796,7 @@ def _draw_rows(
             parse_math=False,
             usetex=False,
         )
-        number = _percent(share, _signed(result))
+        number = percent(share, _signed(result), digits=1)
         if unit.generated:
             number = f"({number})" if abs(share) >= _TOLD else ""
         if is_explained:

@@ -140,14 +140,19 @@ def _parts(header: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
     graph = _graph(header, arrays)
     texts = str(header["source_text"]), str(header["generated_text"])
     probs = arrays.get("output_probs")
+    n_steps, remedy = graph.n_generated, "Save it again."
     foils = [
-        Foil(_step(unit, graph), str(target), str(text))
-        for unit, target, text in header.get("foils", ())
+        Foil(
+            whole_number("foil", step, stop=n_steps, remedy=remedy),
+            str(target),
+            str(text),
+        )
+        for step, target, text in header.get("foils", ())
     ]
     return {
         "graph": graph,
         "units": _units(header, graph, texts),
-        "explained": [_step(step, graph) for step in header["explained"]],
+        "explained": header["explained"],
         "source_text": texts[0],
         "generated_text": texts[1],
         "output_probs": probs,
@@ -206,12 +211,7 @@ def _units(
 ) -> list[Unit]:
     """The units, each within its text."""
     units = [
-        Unit(
-            str(unit["text"]),
-            bool(unit["generated"]),
-            None if unit["span"] is None else _pair(unit["span"]),
-            bool(unit["special"]),
-        )
+        Unit(unit["text"], unit["generated"], unit["span"], unit["special"])
         for unit in header["units"]
     ]
     if [not unit.generated for unit in units] != graph.sources.tolist():
@@ -222,10 +222,6 @@ def _units(
         if not 0 <= start <= stop <= len(texts[place >= cut]):
             raise ValueError("A unit stands outside its text.")
     return units
-
-
-def _step(value: Any, graph: AttributionGraph) -> int:
-    return whole_number("unit", value, stop=graph.n_generated, remedy="Save it again.")
 
 
 def _listed_arrays(header: Mapping[str, Any]) -> Arrays:

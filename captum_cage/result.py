@@ -885,7 +885,9 @@ class GraphAttributionResult(LLMAttributionResult):
 
         text = html.page(self, title=title, max_bytes=max_bytes)
         if path is not None:
-            html.write(text, path)
+            with replacing(path) as partial:
+                # As bytes: another end of line would be another hash of the script.
+                partial.write_bytes(text.encode("utf-8"))
         return text
 
     def _repr_html_(self) -> str:

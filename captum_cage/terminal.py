@@ -24,7 +24,7 @@ from rich.tree import Tree
 
 from captum_cage.explanation import along, explained_texts
 from captum_cage.result import GraphAttributionResult, TextPath
-from captum_cage.text import Span, harmless
+from captum_cage.text import Span, harmless, percent
 from captum_cage.thinking import Part
 from captum_cage.units import Unit
 
@@ -286,8 +286,8 @@ class TerminalView:
                 side, _, number = places[i]
                 is_true = side == 0 and layouts[0].overlaps(number, self.truth)
                 row.append("*" if is_true else "")
-            row.append(_percent(direct[i], self._signed, digits=1))
-            row.append(Text(_percent(marginal[i], self._signed, digits=1), "bold"))
+            row.append(percent(direct[i], self._signed, digits=1))
+            row.append(Text(percent(marginal[i], self._signed, digits=1), "bold"))
             row += [cells[i] for cells in more.values()]
             if bar:
                 length = round(bar * abs(marginal[i]) / largest) if largest else 0
@@ -297,8 +297,8 @@ class TerminalView:
             row = [Text(f"{len(rest)} more", "dim")]
             if self.truth:
                 row.append("")
-            row.append(_percent(direct[rest].sum(), self._signed, digits=1))
-            row.append(_percent(marginal[rest].sum(), self._signed, digits=1))
+            row.append(percent(direct[rest].sum(), self._signed, digits=1))
+            row.append(percent(marginal[rest].sum(), self._signed, digits=1))
             table.add_row(*row, style="dim")
         return table
 
@@ -315,7 +315,7 @@ class TerminalView:
             ):
                 sides = self._by_side(attr, np.zeros(result.graph.n_generated))
                 more[title] = [
-                    _percent(sides[side][list(s.units)].sum(), digits=1)
+                    percent(sides[side][list(s.units)].sum(), digits=1)
                     for side, s, _ in places
                 ]
         # Intervals of several units do not add up.
@@ -324,8 +324,8 @@ class TerminalView:
             none = np.zeros(result.graph.n_generated)
             low, high = (self._by_side(end, none) for end in (found.low, found.high))
             more[f"{found.level:.0%} interval"] = [
-                f"{_percent(low[side][s.units[0]], self._signed, digits=1)} to "
-                f"{_percent(high[side][s.units[0]], self._signed, digits=1)}"
+                f"{percent(low[side][s.units[0]], self._signed, digits=1)} to "
+                f"{percent(high[side][s.units[0]], self._signed, digits=1)}"
                 for side, s, _ in places
             ]
         return more
@@ -355,7 +355,7 @@ class TerminalView:
             branch: Tree | None = None
             for place, label in _steps(path, longest):
                 if place.units == path.units:
-                    share = _percent(path.share, self._signed, digits=1)
+                    share = percent(path.share, self._signed, digits=1)
                     label = Text.assemble((share, "bold"), "  ", label)
                 if place not in branches:
                     if branch is None:
@@ -380,8 +380,8 @@ class TerminalView:
             float(attr.sum()) / self._total
             for attr in (result.direct.seq_attr, result.seq_attr)
         )
-        leak = _percent(result.leaked / self._total, signed, digits=1)
-        unresolved = _percent(result.unresolved / self._total, digits=1)
+        leak = percent(result.leaked / self._total, signed, digits=1)
+        unresolved = percent(result.unresolved / self._total, digits=1)
         if result.unresolved > 0 and not float(unresolved[:-1]):
             unresolved = "<0.1%"
         explained = len(result.explained)
@@ -398,12 +398,12 @@ class TerminalView:
         if self.seconds is not None:
             how.append(f"{self.seconds:.1f} s")
         parts = [
-            _percent(part, signed, digits=1) for part in (mass, direct, mass - direct)
+            percent(part, signed, digits=1) for part in (mass, direct, mass - direct)
         ]
         thoughts = ""
         if result.thinking.spans[Part.THINK]:
             through = result.share_through(Part.THINK)
-            thoughts = f" ({_percent(through, digits=1)} through the thoughts)"
+            thoughts = f" ({percent(through, digits=1)} through the thoughts)"
         why = " (rows without mass)" if float(leak[:-1]) else ""
         rows = result.rows_computed
         if rows < graph.n_generated:
@@ -596,7 +596,7 @@ class _Layout:
                 shade = f"{shade} {style}".strip()
             self._append(out, lead, trail, shown, shade)
             if number in labelled:
-                label = _percent(summed[number], signed)
+                label = percent(summed[number], signed)
                 out.append(f"[{label}]", "bold")
             following = self.stretches[number + 1 : number + 2]
             if stretch.explained and not (following and following[0].explained):
@@ -676,13 +676,6 @@ def _shade(share: float, largest: float) -> str:
 
 def _bar_style(share: float) -> str:
     return "#ff9d2e" if share >= 0 else "#3b82d6"
-
-
-def _percent(share: float, signed: bool = False, *, digits: int = 0) -> str:
-    """A share in percent; with its sign where there are two."""
-    rounded = round(100 * float(share), digits) + 0.0  # no negative zero
-    sign = "+" if signed and rounded else ""
-    return f"{rounded:{sign}.{digits}f}%"
 
 
 def _quoted(text: str, longest: int) -> str:

@@ -16,6 +16,7 @@ __all__ = [
     "decode",
     "harmless",
     "message_spans",
+    "percent",
     "read_tokens",
     "sentence_spans",
     "special_ids",
@@ -208,6 +209,18 @@ def harmless(text: str, *, one_line: bool = False) -> str:
         else character.encode("unicode_escape").decode("ascii")
         for character in (text if one_line else text.replace("\r\n", "\n"))
     )
+
+
+def percent(share: float, signed: bool = False, *, digits: int = 0) -> str:
+    """A share in percent; with its sign where there are two.
+
+    Example:
+        >>> percent(0.256), percent(0.256, True, digits=1), percent(-0.0001)
+        ('26%', '+25.6%', '0%')
+    """
+    rounded = round(100 * float(share), digits) + 0.0  # no negative zero
+    sign = "+" if signed and rounded else ""
+    return f"{rounded:{sign}.{digits}f}%"
 
 
 # --- words -------------------------------------------------------------------------

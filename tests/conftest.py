@@ -22,7 +22,7 @@ torch.set_num_threads(1)
 settings.register_profile(
     "captum_cage",
     deadline=None,
-    max_examples=30,
+    max_examples=50,
     print_blob=True,
     derandomize="CI" in os.environ,
 )

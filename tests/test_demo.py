@@ -570,7 +570,7 @@ def test_loading_leaves_the_random_state() -> None:
 @pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
 @pytest.mark.parametrize(
     ("kind", "count", "share"),
-    [*((kind, 100, 0.97) for kind in KINDS), *((kind, 40, 0.95) for kind in LARGE)],
+    [*((kind, 100, 0.97) for kind in KINDS), *((kind, 60, 0.95) for kind in LARGE)],
 )
 def test_the_model_solves_held_out_problems(
     demo: Demo, kind: str, count: int, share: float, chat: bool
