@@ -866,7 +866,7 @@ def report(
         parts += [f"## {name}: {len(own)} examples", reached(own)]
         parts += [f"{left_out} examples could not be used."] if left_out else []
         if (options.out / f"{name}.png").exists():
-            parts += [f"![Deletion curves of {name}](images/faithfulness_{name}.png)"]
+            parts += [f"![Deletion curves of {name}](../images/faithfulness_{name}.png)"]
         parts += ["### Known truth, and texts written again"]
         parts += [scores_table(own, told, untrusted)] if told else []
         parts += ["### The text held fixed"] if fixed else []
@@ -914,7 +914,7 @@ def calibration_table(calibration: Mapping[str, Any]) -> str:
 
 def write_page(options: argparse.Namespace, text: str) -> None:
     """The page of the docs, its pictures, and the verdicts in the package."""
-    page = ROOT / "docs" / "faithfulness.md"
+    page = ROOT / "docs" / "explanation" / "faithfulness.md"
     head = page.read_text(encoding="utf-8").split(GENERATED)[0]
     page.write_text(f"{head}{GENERATED}\n\n{text}", encoding="utf-8")
     for name in options.datasets:
@@ -1094,7 +1094,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--export", type=Path, help="write the examples for other libraries, and stop")
     add("--rivals", type=Path, nargs="+", default=[], help="scores of other libraries")
     add("--tables", action="store_true", help="only tables of what was measured")
-    add("--docs", action="store_true", help="write docs/faithfulness.md's tables")
+    add("--docs", action="store_true", help="write docs/explanation/faithfulness.md's tables")
     add(
         "--paper",
         action="store_true",

@@ -5,7 +5,7 @@ repeats it::
 
     <!-- skip: needs a model of 16 GB -->
 
-The tables of docs/methods.md are written by ``python tests/test_docs.py``.
+The tables of docs/reference/methods.md are written by ``python tests/test_docs.py``.
 """
 
 import re
@@ -175,7 +175,7 @@ def test_the_gallery_shows_what_is_made():
     assert len(made) == 14
 
 
-METHODS_PAGE = ROOT / "docs" / "methods.md"
+METHODS_PAGE = ROOT / "docs" / "reference" / "methods.md"
 
 
 def with_tables(text):

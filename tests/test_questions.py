@@ -1,6 +1,6 @@
 """Every question, with every base method, about every kind of input.
 
-Each runs, or gives the error that docs/questions.md names.
+Each runs, or gives the error that docs/how-to/questions.md names.
 """
 
 from __future__ import annotations
