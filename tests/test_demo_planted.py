@@ -487,9 +487,9 @@ class TestAttribution:
 
     @pytest.mark.parametrize("kind", PLAIN)
     def test_ablation_ranks_the_planted_sentence_first(self, kind: str) -> None:
-        """In at least 95 of 100: the edge in its row, and the source over all paths."""
+        """In at least 38 of 40: the edge in its row, and the source over all paths."""
         edges, paths, direct, strays = 0, 0, 0, []
-        for case in planted_cases(N, 13, kind):
+        for case in planted_cases(40, 13, kind):
             result, units = explained(case)
             row = last_row(result)
             (read,) = (units[i] for i in case.sentences[-1].reads)
@@ -498,13 +498,13 @@ class TestAttribution:
             paths += int(result.seq_attr.argmax()) == origin
             direct += int(result.direct.seq_attr.argmax()) == origin
             strays.append(np.delete(np.abs(row), read).max() / row[read])
-        assert edges >= 95
-        assert paths >= 95
+        assert edges >= 38
+        assert paths >= 38
         assert max(strays) < 0.01
         if kind == "chain":  # what is left for the sources directly is noise
-            assert direct <= 50
+            assert direct <= 20
         else:
-            assert direct >= 95
+            assert direct >= 38
 
     @pytest.mark.parametrize(
         ("name", "kind"),

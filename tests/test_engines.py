@@ -254,7 +254,8 @@ OWN_RANGES = {
 
 MODELS = {
     **{name: dict(changes) for name, changes in ARCHITECTURES.items()},
-    "mistral, window": {"model_type": "mistral", "sliding_window": 12},
+    "gemma3": {**ARCHITECTURES["gemma3"], "sliding_window": 8},
+    "mistral, window": {"model_type": "mistral", "sliding_window": 8},
     "mixtral": {
         "model_type": "mixtral",
         "num_local_experts": 4,
@@ -263,7 +264,7 @@ MODELS = {
     "gemma2, softcap": {
         "model_type": "gemma2",
         "head_dim": 8,
-        "sliding_window": 12,
+        "sliding_window": 8,
         "query_pre_attn_scalar": 8,
         "final_logit_softcapping": 5.0,
     },
@@ -287,14 +288,14 @@ MODELS = {
         "model_type": "llama4_text",
         "head_dim": 8,
         "num_local_experts": 2,
-        "attention_chunk_size": 16,
+        "attention_chunk_size": 8,
         "intermediate_size_mlp": 64,
     },
     "mamba": {"model_type": "mamba", "state_size": 4},
     "recurrent_gemma": {
         "model_type": "recurrent_gemma",
         "lru_width": 32,
-        "attention_window_size": 12,
+        "attention_window_size": 8,
         "num_hidden_layers": 3,
     },
     "bamba": {
@@ -338,9 +339,9 @@ class TestModels:
     def test_every_architecture_gives_the_loop_s_rows(self, tokenizer, name, method):
         """By its engine; the text is longer than the windows."""
         model = own_model(name, tokenizer)
-        prompt = TextTokenInput("Ana has 3 pens. Mia has 4 more pens.", tokenizer)
-        target = tokenizer.encode(ANSWER)
-        assert prompt.n_itp_features + len(target) > 16
+        prompt = TextTokenInput(SHORT + " Mia", tokenizer)
+        target = tokenizer.encode(ANSWER)[:5]
+        assert prompt.n_itp_features + len(target) > 8 + 2
         assert_equals_loop(
             wrapped(method, model, tokenizer),
             prompt,
@@ -566,9 +567,15 @@ class TestStretchedPositions:
 class TestAblation:
     """FeatureAblation, for inputs, units and targets of every kind."""
 
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("units", ["token", "sentence"])
-    @pytest.mark.parametrize("attr_target", ["log_prob", "prob"])
+    @pytest.mark.parametrize(
+        ("kind", "units", "attr_target"),
+        [
+            *((kind, "token", "log_prob") for kind in KINDS),
+            *((kind, "sentence", "prob") for kind in KINDS),
+            ("chat", "token", "prob"),
+            ("template, list", "sentence", "log_prob"),
+        ],
+    )
     def test_every_input_gives_the_loop_s_rows(
         self, model, tokenizer, target, kind, units, attr_target
     ):
@@ -1271,6 +1278,18 @@ class TestBatches:
                 widest = max(shape[0] for shape in passes.passed)
                 one_point = method is LayerGradientXActivation and units == "sentence"
                 assert widest == (1 if one_point else 2)
+
+    def test_perturbations_of_a_short_text_share_passes(
+        self, model, tokenizer, inp, target, passes
+    ):
+        """Where a pass takes longer than the few tokens that are pushed in vain."""
+        llm_attr = wrapped(FeatureAblation, model, tokenizer)
+        result = explained(llm_attr, inp, target, "fused")
+        perturbed = len(result.units) - 1
+        plain_and_checks = 3
+        assert passes.sequences == perturbed + plain_and_checks
+        # Of sequences that change one token later each, six start at most 16 too early.
+        assert len(passes.passed) == math.ceil(perturbed / 6) + plain_and_checks
 
     @pytest.mark.parametrize("name", ["llama", "mamba"])
     def test_templates_in_batches(self, tokenizer, target, name):

@@ -67,7 +67,7 @@ def graph_of(frontier, rows, n_sources, normalization):
 
 
 @pytest.mark.usefixtures("either_form")
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None)
 @given(questions(), st.sampled_from([0.0, 0.01, 0.1, 0.3, 1.0]), st.integers(1, 3))
 def test_what_is_pending_in_the_end_certifies_the_answer(question, tolerance, most):
     """Within the tolerance, equal to the graph's certificate, and the truth in it."""
@@ -94,7 +94,7 @@ def test_what_is_pending_in_the_end_certifies_the_answer(question, tolerance, mo
 
 
 @pytest.mark.usefixtures("either_form")
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None)
 @given(questions(), st.randoms())
 def test_pending_is_the_throughput_of_rows_that_are_missing(question, random):
     """After each row, in any order, it is what the graph of the rows so far says."""

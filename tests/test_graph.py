@@ -351,7 +351,7 @@ def test_zero_hops_are_the_direct_rows():
     assert signed.hops([0, 1], 0).unresolved == 1.0
 
 
-@settings(max_examples=100, deadline=None)
+@settings(deadline=None)
 @given(weighted_graphs(), st.none() | st.integers(0, 7), st.integers(0, 40))
 def test_best_paths_are_the_heaviest_of_all(given_graph, source, k):
     """The ``k`` best are the first of all paths sorted by absolute weight."""
@@ -923,7 +923,7 @@ def test_a_row_sums_to_what_it_kept(graphs):
     assert not graph.leak[graph.kept == 0].any()
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None)
 @given(thinned_graphs())
 def test_unresolved_certifies_the_answer_of_the_complete_graph(graphs):
     """Each true score is at least the found one, and all of them exceed it by little.
@@ -1397,7 +1397,7 @@ def cases(draw, complete=False):
     )
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 @given(cases())
 def test_paths_start_by_rows_and_go_on_by_rows_behind(case):
     """Answer, throughput, leak and what is left open, from the list of all paths."""
@@ -1464,7 +1464,7 @@ def test_blocks_are_the_rows_and_those_behind(case):
     assert_allclose(graph.matrix.toarray(), case.later, rtol=0, atol=EXACT)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 @given(cases())
 def test_unresolved_certifies_an_answer_with_rows_behind(case):
     """The answer of complete rows and complete rows behind is as near as it says."""
@@ -1479,7 +1479,7 @@ def test_unresolved_certifies_an_answer_with_rows_behind(case):
         assert total == pytest.approx(case.weights.sum(), abs=EXACT)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 @given(cases(), st.none() | st.integers(0, 6), st.integers(0, 40))
 def test_best_paths_with_rows_behind_are_the_heaviest_of_all(case, source, k):
     """A unit that is explained and passed through uses each row in its place."""
@@ -1536,7 +1536,7 @@ def test_a_unit_that_is_explained_and_passed_through_uses_each_row_in_its_place(
     assert graph.share_through([1, 1], [0]) == 0.375
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 @given(cases())
 def test_parts_are_the_paths_of_either_sign(case):
     """Paths of positive weight, and those of negative weight in absolute value."""
@@ -1615,7 +1615,7 @@ def test_a_part_that_no_path_brings_is_exactly_zero(rows_of_dense, fill, monkeyp
     assert total == pytest.approx(np.abs(weights).sum() - graph.leak @ through.positive)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None)
 @given(cases(), st.data())
 def test_share_through_is_the_mass_of_paths_that_visit_a_unit(case, data):
     """Of all paths, whatever becomes of them later; in absolute values if signed."""

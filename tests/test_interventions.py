@@ -8,7 +8,7 @@ import math
 import pickle
 import random
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -45,13 +45,19 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 # --- the same, slowly ----------------------------------------------------------------
 
 
+@lru_cache(maxsize=10_000)
+def logits_after(model: Any, ids: tuple[int, ...]) -> torch.Tensor:
+    """What a pass over ids says of the next one; each is made once."""
+    with torch.no_grad():
+        found: torch.Tensor = model(torch.tensor([ids])).logits[0, -1]
+    return found
+
+
 def log_prob(model: Any, before: Sequence[int], target: Sequence[int]) -> float:
     """Log-probability of ids after others, by a pass for each."""
     total = 0.0
     for place, token in enumerate(target):
-        ids = torch.tensor([[*before, *target[:place]]])
-        with torch.no_grad():
-            logits = model(ids).logits[0, -1].double()
+        logits = logits_after(model, (*before, *target[:place])).double()
         total += float(logits.log_softmax(-1)[token])
     return total
 
@@ -71,9 +77,7 @@ class Slow(NamedTuple):
         new: list[int] = []
         most = old if self.spare is None else 2 * old + self.spare
         while len(new) < most:
-            with torch.no_grad():
-                logits = self.model(torch.tensor([[*before, *new]])).logits[0, -1]
-            token = int(logits.argmax())
+            token = int(logits_after(self.model, (*before, *new)).argmax())
             if self.spare is not None and token == self.special:
                 break
             new.append(token)

@@ -19,6 +19,7 @@ from tiny import tiny_model, tiny_tokenizer
 PROMPT = "Ana has 3 pens. Mia has 4 more pens than Ana. How many?"
 TARGET = " The answer is 18. So she sells 9."
 ORDERS = {"l1": 1, "l2": 2}
+PRODUCT = {"aggregation": "product"}
 
 
 def small(arch="llama", dtype=torch.float64, **changes):
@@ -225,9 +226,15 @@ class TestShares:
 class TestEngine:
     """All rows at once."""
 
-    @pytest.mark.parametrize("units", ["token", "sentence"])
-    @pytest.mark.parametrize("options", [{}, {"aggregation": "product"}])
-    @pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3", "gemma3"])
+    @pytest.mark.parametrize(
+        ("arch", "options", "units"),
+        [
+            *((arch, {}, "token") for arch in ("llama", "gpt2", "qwen3", "gemma3")),
+            *((arch, PRODUCT, "sentence") for arch in ("llama", "gpt2", "gemma3")),
+            ("qwen3", PRODUCT, "token"),
+            ("qwen3", {}, "sentence"),
+        ],
+    )
     def test_rows_are_the_loops(self, arch, options, units):
         """Whatever the architecture and the units."""
         method = IFR(small(arch), **options)

@@ -112,8 +112,10 @@ class TestRows:
 class TestEngine:
     """All rows at once."""
 
-    @pytest.mark.parametrize("options", [{}, {"stdevs": 0.05}])
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    @pytest.mark.parametrize(
+        ("arch", "options"),
+        [*((arch, {}) for arch in ARCHITECTURES), ("llama", {"stdevs": 0.05})],
+    )
     def test_means_over_many_runs_are_the_loops(self, arch, options):
         """Other draws of the same distribution."""
         method = EmbeddingGradientShap(small(arch, torch.float32))

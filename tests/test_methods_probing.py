@@ -17,6 +17,7 @@ from captum_cage.testing import check_engine
 from conftest import PROMPT, TARGET
 from tiny import (
     ARCHITECTURES,
+    UNITS_AND_ARCHITECTURES,
     image_input,
     inputs_of_each_kind,
     tiny_model,
@@ -297,9 +298,14 @@ class TestWeightedLogRatio:
 class TestEngine:
     """All rows at once are the loop's."""
 
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
-    @pytest.mark.parametrize("units", ["token", "sentence"])
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize(
+        ("units", "arch", "dtype"),
+        [
+            *((*both, torch.float64) for both in UNITS_AND_ARCHITECTURES),
+            ("token", "llama", torch.float32),
+            ("sentence", "gemma3", torch.float32),
+        ],
+    )
     @both
     def test_rows_are_the_loop_s(self, tokenizer, target, method, arch, units, dtype):
         """To 1e-5 of the largest entry in float32, to 1e-10 in float64."""
@@ -309,16 +315,17 @@ class TestEngine:
         check_engine(llm_attr, inp, target, units=units)
 
     @pytest.mark.parametrize(
-        ("method", "kind"),
+        ("method", "kind", "units"),
         [
-            (method, kind)
+            (method, kind, units)
             for method in METHODS
             for kind in inputs_of_each_kind(tiny_tokenizer(), SHORT)
+            for units in ("token", "word")
             # A template has no tokens to cut.
             if method is WeightedLogRatio or not kind.startswith("template")
+            if units == "token" or kind in ("tokens", "chat", "template, list")
         ],
     )
-    @pytest.mark.parametrize("units", ["token", "word"])
     def test_of_every_input(self, model, tokenizer, target, method, kind, units):
         """Tokens, groups of them, chats; templates where they may be replaced."""
         inp = inputs_of_each_kind(tokenizer, SHORT)[kind]

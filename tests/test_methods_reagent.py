@@ -23,7 +23,13 @@ from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForM
 from captum_cage import ChatTokenInput, GraphContextAttribution, TokenIdsInput
 from captum_cage.methods.reagent import OneShotReAGent, ReAGent, Stretch, refilled
 from captum_cage.testing import check_engine
-from tiny import ARCHITECTURES, LocalProvider, tiny_model, tiny_tokenizer
+from tiny import (
+    ARCHITECTURES,
+    UNITS_AND_ARCHITECTURES,
+    LocalProvider,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 SHORT = "Ana has 3 pens."
 LONGER = "Ana has 3 pens. Mia has 4 more."
@@ -352,9 +358,13 @@ class TestOneShotReAGent:
             assert (rows[:, 3] == 0).all()
             assert (rows[:, 0] != 0).all()
 
-    @every_kind
-    @pytest.mark.parametrize("units", ["token", "word", "sentence"])
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    @pytest.mark.parametrize(
+        ("units", "arch", "kind"),
+        [
+            *((*both, KINDS[0]) for both in UNITS_AND_ARCHITECTURES),
+            *((units, "llama", KINDS[1]) for units in ("token", "word", "sentence")),
+        ],
+    )
     def test_the_engine_gives_the_loop_s_rows(
         self, tokenizer, target, arch, units, kind
     ):
@@ -556,8 +566,10 @@ def recursion(model, method, ids, target, seed, *, ratio, kept, candidates, step
 class TestReAGent:
     """The recursion."""
 
-    @every_kind
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    @pytest.mark.parametrize(
+        ("arch", "kind"),
+        [*((arch, KINDS[0]) for arch in ARCHITECTURES), ("llama", KINDS[1])],
+    )
     def test_it_is_the_algorithm(self, tokenizer, arch, kind):
         """The same draws give the same importance after the same steps."""
         model = tiny_model(arch, vocab_size=len(tokenizer))
@@ -615,9 +627,9 @@ class TestReAGent:
                 )
             return torch.cat(found)
 
-        share = (len(ids) - 2.5) / len(ids)
-        assert torch.equal(rows(keep_ratio=share), rows(keep_top_n=len(ids) - 2))
-        assert not torch.equal(rows(keep_ratio=share), rows(keep_top_n=len(ids) - 3))
+        found = rows(keep_ratio=(len(ids) - 2.5) / len(ids))
+        assert torch.equal(found, rows(keep_top_n=len(ids) - 2))
+        assert not torch.equal(found, rows(keep_top_n=len(ids) - 3))
 
     @pytest.mark.parametrize("units", ["token", "word"])
     def test_each_target_brings_a_mass_of_one(self, model, tokenizer, target, units):

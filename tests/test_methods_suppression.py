@@ -17,6 +17,7 @@ from tiny import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 PROMPT = "Ana has 3 pens. Mia has 4 more pens than Ana. How many?"
 TARGET = " The answer is 18. So she sells 9."
+EFFECTS = ("kl", "log_prob")
 
 
 def small(arch="llama", dtype=torch.float64):
@@ -96,9 +97,13 @@ class TestEffects:
 class TestEngine:
     """All rows at once."""
 
-    @pytest.mark.parametrize("units", ["token", "sentence"])
-    @pytest.mark.parametrize("effect", ["kl", "log_prob"])
-    @pytest.mark.parametrize("arch", ARCHITECTURES)
+    @pytest.mark.parametrize(
+        ("arch", "effect", "units"),
+        [
+            *((arch, effect, "token") for arch in ARCHITECTURES for effect in EFFECTS),
+            *(("gemma3", effect, "sentence") for effect in EFFECTS),
+        ],
+    )
     def test_rows_are_the_loops(self, arch, effect, units):
         """Whatever the architecture, the effect and the units."""
         method = AttentionSuppression(small(arch), effect)

@@ -76,8 +76,13 @@ def recorded(model, monkeypatch):
 KINDS = list(inputs_of_each_kind(tiny_tokenizer(), PROMPT))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("units", ["token", "sentence"])
+@pytest.mark.parametrize(
+    ("kind", "units"),
+    [
+        *((kind, "token") for kind in KINDS),
+        *((kind, "sentence") for kind in ("tokens", "chat", "template, list")),
+    ],
+)
 def test_each_row_is_of_exactly_the_prompt_s_and_generated_ids(
     model, tokenizer, recorded, kind, units
 ):

@@ -77,7 +77,7 @@ WHOLE = st.lists(st.integers(0, 5), max_size=7)
 DYADIC = st.integers(1, 16).map(lambda n: n / 16)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=100)
 @given(WHOLE, DYADIC)
 def test_heaviest_is_the_smallest_set_that_holds_the_share(mass, share):
     """Of all sets that hold enough: the smallest, the heaviest, the earliest."""

@@ -254,7 +254,7 @@ def enumerated_paths(edges, starts, targets):
     return sorted(found, key=lambda p: (-abs(p.weight), len(p.units), p.units))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(dyadic_graphs(), st.integers(0, 70))
 def test_best_paths_are_the_first_of_all_sorted_paths(graph, k):
     """``best_paths`` equals sorting all paths by weight, length and units."""

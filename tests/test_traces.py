@@ -338,7 +338,7 @@ class TestRows:
     def test_every_engine_gives_the_loop_s_rows(self, declared, units, chatty):
         """Fixed tokens and turns from outside between generated ones."""
         model, tokenizer = chatty
-        count = 8 if declared.name == "shapley" else 12
+        count = 8 if declared.name == "shapley" else 10
         ids = tokenizer.encode(TEXT)[:count]
         turn = np.arange(count) % (count // 2)
         generated = turn > count // 4
@@ -516,7 +516,7 @@ class TestPlantedTraces:
         model, tokenizer = planted_model(kind)
         cage = by_ablation((model, tokenizer))
         first = 0
-        cases = planted_cases(100, seed=0, kind=kind)
+        cases = planted_cases(40, seed=0, kind=kind)
         for case in cases:
             result = cage.attribute(
                 ChatTraceInput(case.messages, tokenizer),
@@ -536,4 +536,4 @@ class TestPlantedTraces:
                 }
             best = result.input_tokens[int(result.seq_attr.argmax())]
             first += best in texts
-        assert first >= 95
+        assert first >= 38

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,9 @@ _ENOUGH_TOKENS = {"cpu": 1024, "cuda": 65536}
 # Most sequences of a batch that starts where its first one changes, as a share of all
 # tokens: the others push tokens in vain, about this share of the useful ones.
 _BATCH_SHARE = 0.08
+# Tokens that such a batch may push in vain whatever its share. By the same measurement
+# a pass takes as long as 63 tokens besides those that it pushes.
+_IN_VAIN = 16
 # Share of the free memory that a batch may take, and most of it on the host, where
 # larger batches are no faster.
 _MEMORY_SHARE = 0.5
@@ -306,7 +309,9 @@ class SequenceScorer:
         enough = _ENOUGH_TOKENS.get(kind, _ENOUGH_TOKENS["cuda"]) // pushed
         size = min(enough, self._fitting(start, pushed))
         if self._pairs is not None:
-            size = min(size, int(_BATCH_SHARE * len(self.ids)))
+            vain = accumulate(one.same - start for one in sequences[:size])
+            few = sum(tokens <= _IN_VAIN for tokens in vain)
+            size = min(size, max(few, int(_BATCH_SHARE * len(self.ids))))
         if self._most is not None:
             size = min(size, self._most)
         return max(1, size)
