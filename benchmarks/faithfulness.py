@@ -866,7 +866,8 @@ def report(
         parts += [f"## {name}: {len(own)} examples", reached(own)]
         parts += [f"{left_out} examples could not be used."] if left_out else []
         if (options.out / f"{name}.png").exists():
-            parts += [f"![Deletion curves of {name}](../images/faithfulness_{name}.png)"]
+            picture = f"../images/faithfulness_{name}.png"
+            parts += [f"![Deletion curves of {name}]({picture})"]
         parts += ["### Known truth, and texts written again"]
         parts += [scores_table(own, told, untrusted)] if told else []
         parts += ["### The text held fixed"] if fixed else []
@@ -1094,7 +1095,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--export", type=Path, help="write the examples for other libraries, and stop")
     add("--rivals", type=Path, nargs="+", default=[], help="scores of other libraries")
     add("--tables", action="store_true", help="only tables of what was measured")
-    add("--docs", action="store_true", help="write docs/explanation/faithfulness.md's tables")
+    add("--docs", action="store_true", help="write the tables of the docs")
     add(
         "--paper",
         action="store_true",

@@ -1,5 +1,7 @@
 """How Sphinx builds the site: `make docs`."""
 
+import os
+
 from captum_cage import __version__
 
 project = "captum_cage"
@@ -27,6 +29,8 @@ nb_execution_mode = "force"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 180
 nb_merge_streams = True
+# Without ipywidgets tqdm warns at its import; no page draws a bar.
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
 # The reference, from docstrings in Google form.
 autodoc_member_order = "bysource"
