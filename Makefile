@@ -65,9 +65,13 @@ format: $(STAMP) ## ruff writes what lint asks for
 types: $(STAMP) ## mypy, strict
 	$(BIN)/mypy
 
-docs: $(STAMP) ## examples in docstrings and docs are run, links followed, the gallery made
+# The site is made afresh: what is left of an earlier one could hide a dead link.
+docs: $(STAMP) ## the site, in build/site; examples are run, links followed, pictures compared
 	$(TEST_ENV) $(BIN)/python -m pytest --doctest-modules captum_cage tests/test_docs.py
 	$(TEST_ENV) $(BIN)/python docs/gallery/make.py --check
+	rm -rf build/site
+	$(TEST_ENV) $(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/site
+	$(BIN)/python docs/links.py build/site
 
 gallery: $(STAMP) ## docs/gallery is made anew
 	$(TEST_ENV) $(BIN)/python docs/gallery/make.py
@@ -98,4 +102,4 @@ wheel-test: $(STAMP) ## all tests, outside the tree, on the wheel as it would be
 clean: ## removes all that is made here, .venv included
 	rm -rf $(VENV) build dist captum_cage.egg-info .coverage .coverage.* \
 	  .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find captum_cage tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
+	find captum_cage tests benchmarks docs -name __pycache__ -type d -exec rm -rf {} +

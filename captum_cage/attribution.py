@@ -85,7 +85,7 @@ class GraphContextAttribution(CaptumAttribution):
         ValueError: if the normalisation is unknown, or the model is an
             encoder-decoder.
 
-    Source: Walker and Ewetz (2025), arXiv:2512.15663.
+    Source: Walker and Ewetz (2025), :cite:p:`walker2025cage`.
 
     Example:
         >>> from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput

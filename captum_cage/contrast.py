@@ -36,7 +36,9 @@ _LEADS = ("\n", "a")
 _PLACES = "Pass the position of a generated unit, a text in it, or a pattern."
 
 FoilText: TypeAlias = int | str | Sequence[int] | Tensor
+"""A foil, as text or as ids."""
 Foils: TypeAlias = Mapping[Any, FoilText]
+"""Foils by their places, see :meth:`~captum_cage.GraphContextAttribution.attribute`."""
 
 
 @dataclass(frozen=True)

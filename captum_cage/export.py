@@ -450,7 +450,7 @@ _WRITERS: dict[str, Callable[[Explanation, str | os.PathLike[str]], Any]] = {
     ".safetensors": _save,
 }
 SUFFIXES = tuple(_WRITERS)
-"""Of the files that `export` writes."""
+"""Ends of the names of the files that :func:`export` writes."""
 
 
 def checked_suffix(path: str | os.PathLike[str], where: str = "path") -> str:

@@ -52,7 +52,7 @@ class Frontier:
 
     Source:
         The push method of Andersen, Chung and Lang (2006), "Local graph partitioning
-        using PageRank vectors", on an acyclic graph.
+        using PageRank vectors", :cite:p:`andersen2006pagerank`, on an acyclic graph.
 
     Example:
         A chain: all of the last row leads to the second, and all of that to the source.

@@ -116,7 +116,7 @@ class AttributionGraph:
         generated_units: unit indices of the generated units, shape ``(G,)``, int64.
 
     Source:
-        Walker and Ewetz (2025), arXiv:2512.15663, sections 3 and 4.
+        Walker and Ewetz (2025), :cite:p:`walker2025cage`, sections 3 and 4.
 
     Example:
         Two sources and two generated units. The second generated unit owes a quarter
@@ -430,7 +430,7 @@ class AttributionGraph:
             ValueError: if ``hops`` is negative.
 
         Source:
-            Walker and Ewetz (2025), arXiv:2512.15663, section 4.
+            Walker and Ewetz (2025), :cite:p:`walker2025cage`, section 4.
 
         Example:
             >>> graph = AttributionGraph.from_rows([[1, 1, 0, 0], [0, 1, 3, 0]], 2)

@@ -40,7 +40,9 @@ __all__ = [
 ]
 
 Features: TypeAlias = str | Collection[str] | Callable[[Mapping[str, Any]], bool]
+"""The messages that are attributed to, by their roles or by a function."""
 ModelInput: TypeAlias = str | Tensor | dict[str, Any]
+"""What a model is given."""
 
 _TAG = "<[^<>]*>"  # such as those around thoughts
 # Entries of a processor's output that have one number per token, and what a generated

@@ -31,6 +31,7 @@ from captum_cage.units import NAMED, group_tokens
 __all__ = ["PathCheck", "Removal", "verify_path"]
 
 Removal: TypeAlias = Literal["baseline", "delete"]
+"""Whether the tokens of a path's source are replaced, or left out."""
 
 # Base methods whose rows are changes of a log-probability.
 _IN_NATS = {

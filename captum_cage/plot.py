@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 Picture: TypeAlias = tuple[Figure | SubFigure, Axes]
+"""What every plot returns, as Captum's plots do."""
 Values = npt.NDArray[np.float64]
 
 # Colours of Okabe and Ito (2008), which colour-blind readers tell apart. Direction and

@@ -160,7 +160,7 @@ class GraphAttributionResult(LLMAttributionResult):
         foils (tuple[Foil, ...]): what rows are contrasted with.
         drawn (DrawnRows or None): the rows of each draw.
 
-    Source: Walker and Ewetz (2025), arXiv:2512.15663.
+    Source: Walker and Ewetz (2025), :cite:p:`walker2025cage`.
     """
 
     def __init__(
@@ -259,13 +259,13 @@ class GraphAttributionResult(LLMAttributionResult):
 
     @cached_property
     def direct(self) -> LLMAttributionResult:
-        """The explained units' own rows, without the graph: a plain Captum result."""
+        """The explained units' own rows without the graph, as a plain Captum result."""
         to_sources, _ = self.graph.blocks()
         return self._plain(self.weights @ to_sources)
 
     @cached_property
     def sequence(self) -> LLMAttributionResult:
-        """All rows summed, whatever is explained: a plain Captum result."""
+        """All rows summed, whatever is explained, as a plain Captum result."""
         to_sources, _ = self.graph.blocks()
         return self._plain(np.ones(self.graph.n_generated) @ to_sources)
 
@@ -389,8 +389,8 @@ class GraphAttributionResult(LLMAttributionResult):
         Raises:
             ValueError: if the rows were drawn once, or ``level`` is out of range.
 
-        Source: Efron (1979), doi:10.1214/aos/1176344552; Rao and Wu (1988),
-        doi:10.1080/01621459.1988.10478591.
+        Source: Efron (1979), :cite:p:`efron1979bootstrap`; Rao and Wu (1988),
+        :cite:p:`rao1988resampling`.
         """
         if self.drawn is None:
             raise ValueError(
@@ -460,8 +460,8 @@ class GraphAttributionResult(LLMAttributionResult):
         Raises:
             ValueError: if no unit can be split, or the result was loaded.
 
-        Source: Paes et al. (2024), arXiv:2403.14459; Liu et al. (2024),
-        arXiv:2411.15102.
+        Source: Monteiro Paes et al. (2024), :cite:p:`paes2024mexgen`; Liu et al.
+        (2024), :cite:p:`liu2024attribot`.
         """
         return self._again("refine").refine(self, top, to, side)
 

@@ -191,7 +191,7 @@ def marginals(to_sources: csr_array, to_generated: csr_array) -> NDArray[np.floa
             does not fit ``A``.
 
     Source:
-        Walker and Ewetz (2025), arXiv:2512.15663, section 4.
+        Walker and Ewetz (2025), :cite:p:`walker2025cage`, section 4.
 
     Example:
         >>> to_sources = csr_array(np.array([[0.5, 0.5], [0.0, 0.25]]))
@@ -222,8 +222,8 @@ def throughput(
             does not fit ``w``.
 
     Source:
-        Walker and Ewetz (2025), arXiv:2512.15663, section 4: their backward sum is
-        this solve, one row at a time.
+        Walker and Ewetz (2025), :cite:p:`walker2025cage`, section 4: their backward sum
+        is this solve, one row at a time.
 
     Example:
         >>> to_generated = csr_array(np.array([[0.0, 0.0], [0.75, 0.0]]))
@@ -367,7 +367,7 @@ def best_paths(
 
     Source:
         The recursive enumeration of Jimenez and Marzal (1999), "Computing the K
-        shortest paths", for products on an acyclic graph.
+        shortest paths", :cite:p:`jimenez1999paths`, for products on an acyclic graph.
 
     Example:
         >>> rows = [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.25, 0.75, 0.0]]

@@ -16,6 +16,10 @@ from captum_cage.units import Unit
 __all__ = ["Explain", "explained_units", "find_span"]
 
 Explain: TypeAlias = int | slice | tuple[int, int] | str | re.Pattern[str] | Part | None
+"""What to explain; None for all of it.
+
+See :meth:`~captum_cage.GraphContextAttribution.attribute`.
+"""
 
 _FORMS = (
     "Pass a position, a slice or (start, stop) of generated units, a substring of the "

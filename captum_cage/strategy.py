@@ -30,6 +30,7 @@ __all__ = ["Approximation", "RowStore", "Strategy", "StrategyName", "fill"]
 logger = logging.getLogger(__name__)
 
 StrategyName: TypeAlias = Literal["auto", "loop", "fused"]
+"""How rows are computed, see :meth:`~captum_cage.GraphContextAttribution.attribute`."""
 
 # Rows that are computed between two looks at which rows still matter.
 _ROWS_AT_ONCE = 16

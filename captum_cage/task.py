@@ -117,7 +117,7 @@ class RowTask:
 
     @property
     def width(self) -> int:
-        """Number of units, ``N``: sources, then all that follow the prompt."""
+        """Number of units ``N``, sources and then all that follow the prompt."""
         return len(self.sources) + len(self.steps)
 
     @property

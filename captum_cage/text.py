@@ -24,6 +24,7 @@ __all__ = [
 ]
 
 Span: TypeAlias = tuple[int, int]
+"""A range of characters, without its end."""
 
 # A character has at most four UTF-8 bytes, so at most three tokens complete one.
 _COMPLETING = 3
@@ -258,7 +259,7 @@ def word_spans(text: str) -> list[Span]:
 
 
 def message_spans(text: str) -> list[Span]:
-    """The range of a whole text, without the white space around it.
+    """A whole message of a chat, without the white space around it.
 
     Units end where a message of a chat does, so that each message is one unit.
 

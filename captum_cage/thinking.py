@@ -27,6 +27,10 @@ class Part(Enum):
 
 
 Think: TypeAlias = str | tuple[str, str] | tuple[int, int] | Sequence[Span] | None
+"""Where the thoughts stand.
+
+See :meth:`~captum_cage.GraphContextAttribution.attribute`.
+"""
 
 MARKERS: tuple[tuple[str, str], ...] = (
     ("<think>", "</think>"),
@@ -39,8 +43,11 @@ MARKERS: tuple[tuple[str, str], ...] = (
     ("<reasoning>", "</reasoning>"),
     ("<thought>", "</thought>"),
 )
-"""Where thinking begins and ends, in the formats that are known: Qwen, DeepSeek and
-others; Mistral; Cohere; the channels of gpt-oss; and others."""
+"""Where thinking begins and ends in the formats that are known.
+
+These are those of Qwen, DeepSeek and others; Mistral; Cohere; the channels of gpt-oss;
+and others.
+"""
 
 _FINAL = "<|channel|>final<|message|>"  # where the answer begins in such channels
 _ANY_END = "<|end|>"  # which ends messages of every channel

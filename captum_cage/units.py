@@ -33,7 +33,9 @@ __all__ = [
 ]
 
 Segments: TypeAlias = Callable[[str], Iterable[Span]]
+"""Gives the character range of each unit of a text."""
 Granularity: TypeAlias = str | Segments | Sequence[Span] | Mapping[str, object]
+"""What a unit is, see :meth:`~captum_cage.GraphContextAttribution.attribute`."""
 
 NAMED: dict[str, Segments] = {
     "word": word_spans,

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 CONVERSATION_KINDS = ("tool", "override", "irrelevant", "mixed")
+"""Kinds of conversations that :func:`sample_conversations` draws."""
 
 _BY_SYSTEM = 0.3  # how often a system message has somebody looked up, not the user
 

@@ -24,8 +24,8 @@ What follows from that:
   and loses about one unit of log-probability, where a lost fact costs four or more.
 - The unknown token, id 0, is nothing at all: its embedding is zero.
 
-Source: Olsson et al. (2022), In-context learning and induction heads, arXiv:2209.11895;
-Su et al. (2021), RoFormer, arXiv:2104.09864.
+Source: Olsson et al. (2022), In-context learning and induction heads,
+:cite:p:`olsson2022induction`; Su et al. (2021), RoFormer, :cite:p:`su2021roformer`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ __all__ = [
 ]
 
 PLANTED_KINDS = ("copy", "induction", "chain", "trace", "override")
+"""What the models of :func:`planted_model` are made to do."""
 
 Span = tuple[int, int]
 Message = dict[str, str]
@@ -589,7 +590,7 @@ class PlantedCase:
 
     @property
     def explained(self) -> int:
-        """The sentence in question: the last one."""
+        """The sentence in question, which is the last one."""
         return len(self.sentences) - 1
 
     @property

@@ -24,7 +24,9 @@ __all__ = [
 ]
 
 KINDS = ("one_question", "two_questions", "mixed", "long_chain", "distractors")
+"""Kinds of problems that :func:`sample_problems` draws."""
 SPLITS = ("held_out", "train")
+"""Problems that the demo model has never seen, and those that it learnt from."""
 LONG_CHAIN = (2, 8)
 """Fewest and most steps of a long chain."""
 
@@ -158,10 +160,11 @@ def sample_problems(
     text, so no sample of one part shares a prompt with a sample of the other. The first
     ``n`` problems of a longer sample are the sample of length ``n``.
 
-    An answer of ``"one_question"`` or ``"two_questions"`` takes one or two steps, among
-    6 to 9 facts. One of ``"long_chain"`` takes 2 to 8 steps; the question says whom to
-    start with, and 2 to 5 facts more are told, none of which leads to the answer.
-    ``"distractors"`` asks one question of one or two steps among 12 to 20 facts.
+    - ``"one_question"``: one answer, of one or two steps, among 6 to 9 facts.
+    - ``"two_questions"``: two answers, each of one or two steps, among 6 to 9 facts.
+    - ``"long_chain"``: one answer, of 2 to 8 steps. The question says whom to start
+      with, and 2 to 5 facts more are told, none of which leads to the answer.
+    - ``"distractors"``: one answer, of one or two steps, among 12 to 20 facts.
 
     Args:
         n (int): number of problems.

@@ -15,6 +15,7 @@ __all__ = ["Engine", "RowFunction", "Unsuitable", "never"]
 
 Row: TypeAlias = npt.NDArray[np.float64]
 RowFunction: TypeAlias = Callable[[RowTask, Sequence[int]], Iterable[Any]]
+"""Gives the raw rows of some generated units, one by one."""
 
 
 class Unsuitable(Exception):
@@ -33,7 +34,8 @@ class Engine:
     Attributes:
         rows: function of a task and ascending positions of generated units; gives
             their raw rows in this order, each of shape ``(N,)``, zero from the row's
-            own unit on. It may raise :class:`Unsuitable` before the first row.
+            own unit on. It may raise :class:`~captum_cage.engines.engine.Unsuitable`
+            before the first row.
         unsuitable: function of a task that says, without a model call, why the engine
             cannot do it, or None if it can.
         by_row (bool): whether fewer rows cost less, beyond those after the last one.

@@ -106,7 +106,8 @@ class MeanAttention(TokenMethod):
     Raises:
         TypeError: if the model is no PyTorch model.
 
-    Source: Jain and Wallace (2019), arXiv:1902.10186, on what it does not tell.
+    Source: Jain and Wallace (2019), :cite:p:`jain2019attention`, on what it does not
+    tell.
     """
 
     capability: ClassVar[Capability] = Capability(
@@ -137,7 +138,7 @@ class AttentionRollout(TokenMethod):
     Raises:
         TypeError: if the model is no PyTorch model.
 
-    Source: Abnar and Zuidema (2020), arXiv:2005.00928.
+    Source: Abnar and Zuidema (2020), :cite:p:`abnar2020flow`.
     """
 
     capability: ClassVar[Capability] = Capability(
@@ -184,7 +185,7 @@ class ValueWeightedAttention(TokenMethod):
         TypeError: if the model is no PyTorch model.
         ValueError: when used, if the model's layers are of another form.
 
-    Source: Kobayashi et al. (2020), arXiv:2004.10102.
+    Source: Kobayashi et al. (2020), :cite:p:`kobayashi2020norms`.
     """
 
     capability: ClassVar[Capability] = Capability(
@@ -245,7 +246,7 @@ class AttentionXIntegratedGradients(LayerIntegratedGradients):
     Raises:
         TypeError: if the model is no PyTorch model.
 
-    Source: Walker and Ewetz (2025), arXiv:2512.15663, as a base method.
+    Source: Walker and Ewetz (2025), :cite:p:`walker2025cage`, as a base method.
     """
 
     capability: ClassVar[Capability] = Capability(

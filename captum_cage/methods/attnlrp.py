@@ -78,7 +78,7 @@ class AttnLRP(LayerGradientXActivation):
         TypeError: if the model is no PyTorch model.
         ValueError: if it is of another family.
 
-    Source: Achtibat et al. (2024), arXiv:2402.05602.
+    Source: Achtibat et al. (2024), :cite:p:`achtibat2024attnlrp`.
 
     Example:
         >>> from captum.attr import LLMGradientAttribution

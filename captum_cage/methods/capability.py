@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias
 __all__ = ["Capability", "Wrapper"]
 
 Wrapper: TypeAlias = Literal["perturbation", "gradient"]
+"""The Captum object that takes a method."""
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ __all__ = [
 ]
 
 Wrapped: TypeAlias = LLMAttribution | LLMGradientAttribution
+"""A base method, wrapped by Captum."""
 
 _TARGETS = ("log_prob", "prob")
 # Arguments of a method's constructor that are filled here.
@@ -135,7 +136,7 @@ _CAPTUM: tuple[tuple[type[Any], Capability], ...] = (
         Capability(
             name="gradient-x-activation",
             summary="gradient times embedding",
-            source="Shrikumar et al. (2017), arXiv:1605.01713",
+            source="Shrikumar et al. (2016), arXiv:1605.01713",
             wrapper="gradient",
             cost="1 pass, G backward",
         ),

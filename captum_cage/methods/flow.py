@@ -15,7 +15,9 @@ from captum_cage.methods.method import TokenMethod
 __all__ = ["IFR", "Aggregation", "Proximity", "route_shares"]
 
 Proximity: TypeAlias = Literal["l1", "l2"]
+"""The norm that says how near a token brings a block to its output."""
 Aggregation: TypeAlias = Literal["sum", "product"]
+"""Whether the shares of layers are summed, or multiplied along the layers."""
 
 PROXIMITIES = ("l1", "l2")
 AGGREGATIONS = ("sum", "product")
@@ -60,8 +62,8 @@ class IFR(TokenMethod):
         ValueError: if an option is unknown; when used, if the model's layers are of
             another form.
 
-    Source: Ferrando and Voita (2024), arXiv:2403.00824; as the direct rows of a graph:
-    Pan et al. (2026), FlashTrace, arXiv:2602.01914.
+    Source: Ferrando and Voita (2024), :cite:p:`ferrando2024routes`; as the direct rows
+    of a graph: Pan et al. (2026), FlashTrace, :cite:p:`pan2026flashtrace`.
 
     Example:
         >>> from captum.attr import LLMGradientAttribution

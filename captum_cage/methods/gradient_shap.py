@@ -39,8 +39,8 @@ class EmbeddingGradientShap(LayerGradientShap):
     Raises:
         TypeError: if the model is no PyTorch model.
 
-    Source: Lundberg and Lee (2017), arXiv:1705.07874; Erion et al. (2021),
-    arXiv:1906.10670.
+    Source: Lundberg and Lee (2017), :cite:p:`lundberg2017shap`; Erion et al. (2021),
+    :cite:p:`erion2021priors`.
 
     Example:
         >>> from captum.attr import LLMGradientAttribution

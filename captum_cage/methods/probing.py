@@ -68,7 +68,7 @@ class ContextLengthProbing(UnitMethod):
         TypeError: if the model is no PyTorch model, or ``empty`` is no id.
         ValueError: if ``empty`` is below 0.
 
-    Source: Cifka and Liutkus (2023), arXiv:2212.14815, section 3.
+    Source: Cifka and Liutkus (2023), :cite:p:`cifka2023probing`, section 3.
 
     Example:
         >>> from captum.attr import LLMAttribution
@@ -174,7 +174,7 @@ class WeightedLogRatio(FeatureAblation):
     Raises:
         TypeError: if the model is no PyTorch model.
 
-    Source: the code of Walker and Ewetz (2025), arXiv:2512.15663.
+    Source: the code of Walker and Ewetz (2025), :cite:p:`walker2025cage`.
 
     Example:
         >>> from captum.attr import LLMAttribution, TextTokenInput

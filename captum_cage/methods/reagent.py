@@ -404,7 +404,7 @@ class OneShotReAGent(RefillMethod):
         TypeError: if a model is no PyTorch model, or a tokenizer is missing.
         ValueError: if ``masked_tokenizer`` has no mask token.
 
-    Source: the code of Walker and Ewetz (2025), arXiv:2512.15663.
+    Source: the code of Walker and Ewetz (2025), :cite:p:`walker2025cage`.
 
     Example:
         >>> from captum.attr import LLMAttribution
@@ -552,7 +552,7 @@ class ReAGent(RefillMethod):
         TypeError: if a model is no PyTorch model, or a tokenizer is missing.
         ValueError: if ``masked_tokenizer`` has no mask token.
 
-    Source: Zhao and Shan (2024), arXiv:2402.00794, algorithm 1.
+    Source: Zhao and Shan (2024), :cite:p:`zhao2024reagent`, algorithm 1.
 
     Example:
         >>> from captum.attr import LLMAttribution

@@ -89,7 +89,7 @@ def receiver_heads(
         ValueError: if there are too few units, or the model's layers do not attend
             through transformers' attention interface.
 
-    Source: Bogdan et al. (2025), Thought Anchors, arXiv:2506.19143.
+    Source: Bogdan et al. (2025), Thought Anchors, :cite:p:`bogdan2025anchors`.
 
     Example:
         >>> from captum_cage import TokenIdsInput

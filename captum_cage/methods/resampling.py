@@ -30,6 +30,7 @@ from captum_cage.units import Segments, split_units
 __all__ = ["CounterfactualResampling", "ResampledStep", "ResamplingResult", "Sample"]
 
 Answer: TypeAlias = Hashable
+"""What a continuation was asked for."""
 
 _FORMAT = "captum_cage resampling 1"
 # Arguments of ``generate`` that are no choice of the user's.
@@ -79,7 +80,7 @@ class ResampledStep:
 
     @property
     def answers(self) -> dict[str, Counter[Answer]]:
-        """How often each answer came: resampled, different and kept."""
+        """How often each answer came, resampled, different and kept."""
         pairs = zip(self.resampled, self.differs, strict=True)
         return {
             "resampled": Counter(sample.answer for sample in self.resampled),
@@ -191,8 +192,8 @@ class CounterfactualResampling:
         TypeError: if the model cannot generate, or an argument is of the wrong kind.
         ValueError: if a number is out of range, or the pattern is none.
 
-    Source: Bogdan et al. (2025), arXiv:2506.19143, section 3. There, resamples count
-    as the same where the embeddings of two sentences are close.
+    Source: Bogdan et al. (2025), :cite:p:`bogdan2025anchors`, section 3. There,
+    resamples count as the same where the embeddings of two sentences are close.
 
     Example:
         >>> from captum.attr import TextTokenInput

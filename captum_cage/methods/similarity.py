@@ -16,7 +16,9 @@ from captum_cage._checks import complaint, shown, whole_number
 __all__ = ["TextSimilarityProvider"]
 
 Generate: TypeAlias = Callable[[str], str]
+"""Gives the text that a model writes after a prompt."""
 Similarity: TypeAlias = Callable[[str, str], float]
+"""How much a text is like the target, from 0 to 1."""
 
 # What a similarity may exceed its range by, as cosines of float32 vectors do.
 _ROUNDING = 1e-6
@@ -52,7 +54,8 @@ class TextSimilarityProvider(RemoteLLMProvider):
         TypeError: if a function cannot be called.
         ValueError: if the floor is not between 0 and 1, or the size below 1.
 
-    Source: the text-only setting of Monteiro Paes et al. (2024), arXiv:2403.14459.
+    Source: the text-only setting of Monteiro Paes et al. (2024),
+    :cite:p:`paes2024mexgen`.
 
     Example:
         >>> from captum.attr import FeatureAblation, RemoteLLMAttribution

@@ -399,7 +399,7 @@ class CLime(SubsetMethod):
     Args:
         forward_func: a model, as Captum's perturbation methods take it.
 
-    Source: C-LIME in Monteiro Paes et al. (2024), arXiv:2403.14459.
+    Source: C-LIME in Monteiro Paes et al. (2024), :cite:p:`paes2024mexgen`.
 
     Example:
         >>> from captum.attr import LLMAttribution, TextTokenInput
@@ -541,8 +541,8 @@ class LShap(SubsetMethod):
     Args:
         forward_func: a model, as Captum's perturbation methods take it.
 
-    Source: L-SHAP in Monteiro Paes et al. (2024), arXiv:2403.14459, after Chen et al.
-    (2019), arXiv:1808.02610.
+    Source: L-SHAP in Monteiro Paes et al. (2024), :cite:p:`paes2024mexgen`, after Chen
+    et al. (2019), :cite:p:`chen2019shapley`.
 
     Example:
         >>> from captum.attr import LLMAttribution, TextTokenInput
@@ -719,7 +719,7 @@ class ContextCite(SubsetMethod):
     Args:
         forward_func: a model, as Captum's perturbation methods take it.
 
-    Source: Cohen-Wang et al. (2024), arXiv:2409.00729, section 4.
+    Source: Cohen-Wang et al. (2024), :cite:p:`cohenwang2024contextcite`, section 4.
 
     Example:
         >>> from captum.attr import LLMAttribution, TextTokenInput

@@ -26,6 +26,7 @@ from captum_cage.methods.method import UnitMethod
 __all__ = ["AttentionSuppression", "Effect", "hidden_tokens"]
 
 Effect: TypeAlias = Literal["kl", "log_prob"]
+"""Whether a divergence is measured, or the loss of log-probability."""
 
 EFFECTS = ("kl", "log_prob")
 
@@ -51,7 +52,7 @@ class AttentionSuppression(UnitMethod):
         TypeError: if the model is no PyTorch model.
         ValueError: if the effect is unknown.
 
-    Source: Bogdan et al. (2025), Thought Anchors, arXiv:2506.19143.
+    Source: Bogdan et al. (2025), Thought Anchors, :cite:p:`bogdan2025anchors`.
 
     Example:
         >>> from captum.attr import LLMAttribution

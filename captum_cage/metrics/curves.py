@@ -77,7 +77,7 @@ def fractions(order: Sequence[int], sizes: ArrayLike) -> Array:
     Returns:
         Shape ``(n + 1,)``, from 0 to 1.
 
-    Source: Paes et al. (2024), arXiv:2403.14459.
+    Source: Monteiro Paes et al. (2024), :cite:p:`paes2024mexgen`.
 
     Example:
         >>> fractions([1, 0], [1, 3]).tolist()
@@ -122,8 +122,8 @@ def rise(scores: ArrayLike) -> float:
         scores: ``s_i`` after ``i`` deletions in the order of decreasing attribution,
             shape ``(n + 1,)``.
 
-    Source: Petsiuk et al. (2018), arXiv:1806.07421; Walker and Ewetz (2025),
-    arXiv:2512.15663.
+    Source: Petsiuk et al. (2018), :cite:p:`petsiuk2018rise`; Walker and Ewetz (2025),
+    :cite:p:`walker2025cage`.
 
     Example:
         >>> rise([-1.0, -4.0, -3.0, -5.0])
@@ -171,8 +171,8 @@ def mas(scores: ArrayLike, attributions: ArrayLike, order: Sequence[int]) -> flo
         order: positions of all units, in the order in which they go.
 
     Source: Walker, Simon, Chen and Ewetz (2024), Attribution quality metrics with
-    magnitude alignment, IJCAI; as the code of Walker and Ewetz (2025),
-    arXiv:2512.15663, has it for texts.
+    magnitude alignment, :cite:p:`walker2024mas`; as the code of Walker and Ewetz
+    (2025), :cite:p:`walker2025cage`, has it for texts.
 
     Example:
         >>> mas([-1.0, -2.0, -5.0], [1.0, 3.0], [1, 0])

@@ -190,7 +190,7 @@ def facts(
         ValueError: if there are too few texts, or more is explained than listed or
             listed than told.
 
-    Source: Walker and Ewetz (2025), arXiv:2512.15663.
+    Source: Walker and Ewetz (2025), :cite:p:`walker2025cage`.
 
     Example:
         >>> example = next(facts([f"Fact {i} is true." for i in range(12)], 1))
@@ -249,7 +249,7 @@ def unrelated(
     Raises:
         ValueError: if the sentence is empty.
 
-    Source: Walker and Ewetz (2025), arXiv:2512.15663.
+    Source: Walker and Ewetz (2025), :cite:p:`walker2025cage`.
 
     Example:
         >>> next(unrelated(["Ana has 3 pens. How many?"])).prompt
@@ -310,7 +310,7 @@ def needles(
         ValueError: if there is no haystack, or there are more keys than can be told
             apart.
 
-    Source: Hsieh et al. (2024), RULER, arXiv:2404.06654.
+    Source: Hsieh et al. (2024), RULER, :cite:p:`hsieh2024ruler`.
 
     Example:
         >>> example = next(needles(["The sky is blue."], 1, length=3, keys=2))
@@ -383,7 +383,7 @@ def variable_tracking(
         ValueError: if there are more variables than names of three letters, or noise is
             wanted and none came.
 
-    Source: Hsieh et al. (2024), RULER, arXiv:2404.06654.
+    Source: Hsieh et al. (2024), RULER, :cite:p:`hsieh2024ruler`.
 
     Example:
         >>> example = next(variable_tracking(1, chains=2, hops=1))
@@ -468,9 +468,9 @@ def multi_hop(
         ValueError: if there are no texts, or more persons or relations are needed than
             there are.
 
-    Source: in the manner of Yang et al. (2018), HotpotQA, arXiv:1809.09600, whose
-    questions need supporting facts from several places, as chains of hops hidden in
-    other text (Hsieh et al. 2024, RULER, arXiv:2404.06654).
+    Source: in the manner of Yang et al. (2018), HotpotQA, :cite:p:`yang2018hotpotqa`,
+    whose questions need supporting facts from several places, as chains of hops hidden
+    in other text (Hsieh et al. 2024, RULER, :cite:p:`hsieh2024ruler`).
 
     Example:
         >>> example = next(multi_hop(["The sky is blue."], 1, length=3, chains=2))
@@ -662,7 +662,7 @@ def gsm8k(
         ImportError: if the ``datasets`` library is needed and not there.
         ValueError: if a file has other fields.
 
-    Source: Cobbe et al. (2021), arXiv:2110.14168.
+    Source: Cobbe et al. (2021), :cite:p:`cobbe2021gsm8k`.
     """
 
     def read(record: Mapping[str, Any]) -> Example:
@@ -682,7 +682,7 @@ def multiarith(
 
     The arguments and errors are those of :func:`gsm8k`.
 
-    Source: Roy and Roth (2015), arXiv:1608.01413.
+    Source: Roy and Roth (2015), :cite:p:`roy2015arithmetic`.
     """
 
     def read(record: Mapping[str, Any]) -> Example:
@@ -745,7 +745,7 @@ def hotpotqa(
             as in the code of Walker and Ewetz (2025), instead of titled paragraphs and
             ``"Question:"``. Default: ``False``
 
-    Source: Yang et al. (2018), arXiv:1809.09600.
+    Source: Yang et al. (2018), :cite:p:`yang2018hotpotqa`.
     """
 
     def read(record: Mapping[str, Any]) -> Example:
@@ -783,7 +783,7 @@ def morehopqa(
     Which sentences matter is not published, so ``gold`` is empty. The arguments and
     errors are those of :func:`hotpotqa`, and the split is ``"test"`` unless given.
 
-    Source: Schnitzler et al. (2024), arXiv:2406.13397.
+    Source: Schnitzler et al. (2024), :cite:p:`schnitzler2024morehopqa`.
     """
 
     def read(record: Mapping[str, Any]) -> Example:
@@ -815,7 +815,7 @@ def ruler(
         path (str or PathLike): a file of JSON lines with ``input`` and ``outputs``.
         limit (int, optional): most examples. Default: all
 
-    Source: Hsieh et al. (2024), RULER, arXiv:2404.06654.
+    Source: Hsieh et al. (2024), RULER, :cite:p:`hsieh2024ruler`.
     """
 
     def read(record: Mapping[str, Any]) -> Example:
@@ -876,3 +876,4 @@ LOADERS: dict[str, Callable[..., Iterator[Example]]] = {
     "hotpotqa": hotpotqa,
     "ruler": ruler,
 }
+"""The loaders of public data sets, by name."""

@@ -65,7 +65,9 @@ __all__ = [
 
 Array = npt.NDArray[np.float64]
 Gold: TypeAlias = Sequence[int] | Sequence[Span]
+"""Sources that are known to matter, as positions or as ranges of the source text."""
 Axis: TypeAlias = Literal["units", "tokens"]
+"""Whether a curve counts sources that are gone, or tokens in them."""
 
 VALUES = ("regenerated", "probability", "span", "response")
 AXES = ("units", "tokens")
@@ -194,14 +196,14 @@ class Evaluation:
             order (str, optional): which attribution. Default: ``"result"``
 
         Returns:
-            numpy.ndarray: shape ``(P + 1,)``; :attr:`places` says where its points
+            numpy.ndarray: shape ``(P + 1,)``; ``places`` says where its points
             stand.
 
         Raises:
             ValueError: if no metric was asked for that needs it.
 
-        Source: DeYoung et al. (2020), arXiv:1911.03429; Chuang et al. (2025),
-        arXiv:2502.09604.
+        Source: DeYoung et al. (2020), :cite:p:`deyoung2020eraser`; Chuang et al.
+        (2025), :cite:p:`chuang2025selfcite`.
         """
         one_of("kind", kind, ("deletion", "insertion", "necessity", "sufficiency"))
         going = kind in ("deletion", "necessity")
@@ -322,7 +324,7 @@ class Evaluator:
     """Tests attributions of one text, whoever made them.
 
     The model is asked once for each set of sources, however many attributions and
-    metrics need it. Made by :meth:`GraphAttributionResult.evaluator`.
+    metrics need it. Made by :meth:`~captum_cage.GraphAttributionResult.evaluator`.
 
     Args:
         task (RowTask): the text and its units.
@@ -330,7 +332,8 @@ class Evaluator:
         sources (Sequence[int], optional): positions of the sources that may be taken
             away, among all of them; the others always stay. Default: all; those that a
             result makes leave special tokens out, such as the one that begins a text
-        statement (optional): what must come out again, see :class:`Statement`.
+        statement (optional): what must come out again, see
+            :class:`~captum_cage.metrics.statement.Statement`.
             Default: the explained text; of a trace, that of its last explained turn
         removal (str or MaskedRefill, optional): how sources are taken away:
             ``"delete"``, ``"baseline"``, ``"suppress"`` or a :class:`MaskedRefill`.

@@ -85,7 +85,7 @@ class _Noise(LogitsProcessor):
     texts of a batch nor on their number. Texts of one sample and other sources share
     the noise, so that they differ by what was taken away.
 
-    Source: Maddison, Tarlow and Minka (2014), A* sampling, arXiv:1411.0030.
+    Source: Maddison, Tarlow and Minka (2014), A* sampling, :cite:p:`maddison2014astar`.
     """
 
     def __init__(self, samples: Sequence[int], turn: int, sampling: Sampling) -> None:

@@ -18,6 +18,7 @@ from captum_cage.task import RowTask
 __all__ = ["ChangedText", "MaskedRefill", "RemovalName", "Remover", "removal_name"]
 
 RemovalName: TypeAlias = Literal["delete", "baseline", "suppress"]
+"""Left out, replaced by the baseline, or hidden from the attention."""
 
 REMOVALS = get_args(RemovalName)
 _REFILLED = -1  # origin of a token that a masked language model wrote
@@ -40,6 +41,7 @@ class MaskedRefill:
 
 
 Removal: TypeAlias = RemovalName | MaskedRefill
+"""How sources are taken away."""
 
 
 def removal_name(removal: Removal) -> str:

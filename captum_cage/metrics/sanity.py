@@ -121,7 +121,7 @@ def randomized(
         seed (int, optional): of the shuffling. Default: ``0``
         parameters (Sequence[nn.Parameter], optional): which ones. Default: all
 
-    Source: Adebayo et al. (2018), arXiv:1810.03292.
+    Source: Adebayo et al. (2018), :cite:p:`adebayo2018sanity`.
     """
     chosen = list(model.parameters()) if parameters is None else list(parameters)
     chosen = [one for one in chosen if one.is_floating_point()]
@@ -158,7 +158,8 @@ def parameter_randomization(
         TypeError: if the model is remote.
         ValueError: if the result was loaded, or has fewer than two sources.
 
-    Source: Adebayo et al. (2018), Sanity checks for saliency maps, arXiv:1810.03292.
+    Source: Adebayo et al. (2018), Sanity checks for saliency maps,
+    :cite:p:`adebayo2018sanity`.
     """
     count = whole_number("seeds", seeds, minimum=1, remedy="Pass 1 or more.")
     model = _model_of(result, "parameter_randomization")
@@ -264,7 +265,7 @@ def sensitivity(
         TypeError: if the model is remote or has no embeddings.
         ValueError: if the result was loaded, or the radius is not above zero.
 
-    Source: Yeh et al. (2019), arXiv:1901.09392.
+    Source: Yeh et al. (2019), :cite:p:`yeh2019infidelity`.
     """
     count = whole_number("samples", samples, minimum=1, remedy="Pass 1 or more.")
     number = whole_number("seed", seed, stop=2**32, remedy=_SEEDS)

@@ -194,7 +194,7 @@ class Metric:
         higher_is_better (bool): which way is better.
         summary (str): what it is, in a few words.
         source (str): the paper.
-        function (Callable): the score of a :class:`Probe`.
+        function (Callable): the score of a :class:`~captum_cage.metrics.scores.Probe`.
     """
 
     name: str
@@ -394,3 +394,4 @@ METRICS = _by_name(
         ),
     ]
 )
+"""All scores of an order, by name."""

@@ -11,6 +11,7 @@ from captum_cage._checks import complaint, shown
 __all__ = ["Predicate", "Statement", "whole"]
 
 Predicate: TypeAlias = str | re.Pattern[str] | Callable[[str], Any]
+"""What a text must have, match or fulfil to say what is explained."""
 
 
 class Statement:

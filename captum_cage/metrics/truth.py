@@ -50,7 +50,7 @@ def auroc(scores: ArrayLike, gold: Sequence[int]) -> float:
     Returns:
         In [0, 1]; 0.5 for scores that tell nothing.
 
-    Source: Hanley and McNeil (1982), doi:10.1148/radiology.143.1.7063747.
+    Source: Hanley and McNeil (1982), :cite:p:`hanley1982roc`.
 
     Example:
         >>> auroc([3.0, 1.0, 2.0], [0])
@@ -112,7 +112,7 @@ def recovery_at(scores: ArrayLike, gold: Sequence[int], k: int | None = None) ->
     Returns:
         In [0, 1].
 
-    Source: the Recovery@k of FlashTrace, arXiv:2602.01914.
+    Source: the Recovery@k of FlashTrace, :cite:p:`pan2026flashtrace`.
 
     Example:
         >>> recovery_at([3.0, 1.0, 2.0], [0, 1])
@@ -151,7 +151,7 @@ def coverage(
         ValueError: if there is no gold unit, one is no position, or a score is not
             finite.
 
-    Source: Walker and Ewetz (2025), arXiv:2512.15663.
+    Source: Walker and Ewetz (2025), :cite:p:`walker2025cage`.
 
     Example:
         >>> coverage([4.0, 5.0, 1.0], [0, 1])
