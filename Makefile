@@ -84,7 +84,7 @@ bench-smoke: $(STAMP) ## every benchmark in its smallest size
 # The wheel is made by way of the source archive and installed beside .venv, whose
 # packages it sees through a path file; path files in .venv itself, the editable install
 # among them, do not count there. The house is the tree's matter, not the wheel's.
-wheel-test: $(STAMP) ## all tests, outside the tree, on the wheel as it would be installed
+wheel-test: $(STAMP) ## all tests, and those of docs/examples, on the wheel as it is installed
 	rm -rf build captum_cage.egg-info
 	$(BIN)/python -m build --no-isolation --outdir $(PACKED)
 	$(BIN)/python -m venv --without-pip $(PACKED)/venv
@@ -98,6 +98,12 @@ wheel-test: $(STAMP) ## all tests, outside the tree, on the wheel as it would be
 	venv/bin/captum-cage --help > help.txt; \
 	$(TEST_ENV) venv/bin/python $(PYTEST) -c ../../pyproject.toml --rootdir ../.. \
 	  ../../tests --ignore ../../tests/test_house.py
+	cp -r docs/examples $(PACKED)/examples
+	set -e; for example in $(PACKED)/examples/*/; do \
+	  $(BIN)/python -m pip --python $(PACKED)/venv install --no-deps --no-index \
+	    --no-build-isolation "$$example"; \
+	  (cd "$$example"; $(TEST_ENV) ../../venv/bin/python -m pytest -p no:cacheprovider); \
+	done
 
 clean: ## removes all that is made here, .venv included
 	rm -rf $(VENV) build dist captum_cage.egg-info .coverage .coverage.* \

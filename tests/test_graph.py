@@ -20,50 +20,21 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 from captum_cage import solve
 from captum_cage.graph import AttributionGraph, Hops, Parts, Path, RowsBehind
+from captum_cage.testing.strategies import (
+    NORMALIZATIONS,
+    source_masks,
+    weighted_graphs,
+)
+from captum_cage.testing.strategies import raw_rows as raw_graphs
+from captum_cage.testing.strategies import weights as weights_of
 
 EXACT = 1e-12
-NORMALIZATIONS = ("positive", "absolute", "signed")
 PASSES = st.integers(0, 3) | st.integers(0, 8)
-ENTRIES = st.integers(-2, 5).map(float) | st.floats(-100, 100, allow_subnormal=False)
 
 
 def each(dtype, shape, elements=None):
     """Arrays of which each entry is drawn; else one value would fill most of them."""
     return arrays(dtype, shape, elements=elements, fill=st.nothing())
-
-
-@st.composite
-def source_masks(draw, max_units):
-    """Masks of few sources, so that paths are long, mostly one of them in the front."""
-    size = draw(st.integers(max_units // 2, max_units) | st.integers(0, max_units))
-    sources = draw(each(np.int8, size, st.integers(0, 4))) == 0
-    sources[:1] |= draw(st.integers(0, 4)) > 0
-    return sources
-
-
-@st.composite
-def raw_graphs(draw, entries=ENTRIES, max_units=7):
-    """Raw rows, a mask of sources (anywhere) and a normalisation."""
-    sources = draw(source_masks(max_units))
-    generated = np.flatnonzero(~sources)
-    shape = (generated.size, sources.size)
-    rows = draw(each(np.float64, shape, entries))
-    rows[np.arange(sources.size) >= generated[:, None]] = 0.0
-    return rows, sources, draw(st.sampled_from(NORMALIZATIONS))
-
-
-def weights_of(n_generated, normalization):
-    """Weights that a graph takes: negative ones, too, if it is signed."""
-    lowest = -1.0 if normalization == "signed" else 0.0
-    weight = st.integers(0, 2).map(float) | st.floats(lowest, 1, allow_subnormal=False)
-    return each(np.float64, n_generated, weight)
-
-
-@st.composite
-def weighted_graphs(draw):
-    """A graph and weights that it takes."""
-    graph = AttributionGraph.from_rows(*draw(raw_graphs()))
-    return graph, draw(weights_of(graph.n_generated, graph.normalization))
 
 
 def slow_matrix(rows, sources, normalization):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import captum_cage
 from captum_cage._version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +37,7 @@ LAYERS = (
     {"followup"},
     {"attribution"},
     {"terminal", "batch", "testing", "demo"},
-    {"cli"},
+    {"cli", "pytest_plugin"},
 )
 PURE = ("graph", "frontier", "solve")  # of torch, and of what brings it
 TOP_LEVEL = {
@@ -49,6 +50,10 @@ MODULES = {"scikit-learn": "sklearn"}
 # Views that a result imports at their first use, for they bring what the package's
 # import must not.
 LAZY = {"captum_cage.plot", "captum_cage.html", "captum_cage.export"}
+# What the pytest plugin imports at its first use, for it is loaded in every test run.
+LAZY |= {"captum_cage.testing", "captum_cage.testing.watch"}
+# Packages of those who test: the dev extra has them. Transformers brings tokenizers.
+TESTERS = {"hypothesis", "pytest", "tokenizers"}
 # Private attributes of others that have no public form.
 TOLERATED = {
     "_replace",  # named tuples: a documented method, named so as not to be a field
@@ -133,6 +138,18 @@ def requirements():
 def modules(distributions):
     """The names that distributions are imported by."""
     return {MODULES.get(name, name.replace("-", "_")) for name in distributions}
+
+
+def run(code):
+    """Words that a fresh Python prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()
 
 
 def optional_modules():
@@ -259,6 +276,31 @@ class TestImports:
         ]
         assert not wrong, wrong
 
+    def test_import_and_the_pytest_plugin_pull_in_no_torch(self):
+        """Names and modules of the package are imported at their first use."""
+        code = (
+            "import sys, captum_cage, captum_cage.pytest_plugin; "
+            "print(*{'torch', 'captum', 'transformers', 'numpy'} & set(sys.modules))"
+        )
+        assert run(code) == []
+
+    def test_names_and_modules_come_with_a_bare_import(self):
+        """Each public name, each module; others are no attributes."""
+        code = (
+            "import captum_cage as c; "
+            "print(all(hasattr(c, n) and n in dir(c) for n in c.__all__), "
+            "c.graph.AttributionGraph is c.AttributionGraph, c.metrics.__name__, "
+            "hasattr(c, 'nothing'), hasattr(c, '_ipython_display_'))"
+        )
+        expected = ["True", "True", "captum_cage.metrics", "False", "False"]
+        assert run(code) == expected
+
+    def test_a_star_brings_the_public_names(self):
+        """All of them, and no module."""
+        code = "from captum_cage import *; print(*sorted(set(dir()) - set(dir(type))))"
+        public = set(captum_cage.__all__) - {"__version__"}
+        assert public <= set(run(code))
+
     def test_import_pulls_in_no_plotting_and_no_command_line(self):
         """The package's import brings none of them that Captum's does not bring."""
         heavy = ["rich", "typer", "matplotlib.pyplot", "sklearn", "networkx", "pandas"]
@@ -268,17 +310,11 @@ class TestImports:
         ]
 
         code = (
-            "import sys, captum.attr; before = set(sys.modules); import captum_cage; "
+            "import sys, captum.attr; before = set(sys.modules); "
+            "from captum_cage import *; "
             f"print(*(sys.modules.keys() - before) & set({heavy!r}))"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert done.stdout.split() == []
+        assert run(code) == []
 
 
 class TestDependencies:
@@ -288,7 +324,18 @@ class TestDependencies:
         """Each package imported is required, or an extra; each required is imported."""
         used = {target.split(".")[0] for name in SOURCES for target, _ in imports(name)}
         used -= {*sys.stdlib_module_names, "captum_cage"}
-        assert used - optional_modules() == modules(requirements()[""])
+        assert modules(requirements()["dev"]) >= TESTERS
+        assert used - optional_modules() - TESTERS == modules(requirements()[""])
+
+    def test_packages_of_testers_are_imported_by_what_they_use_alone(self):
+        """Only testing and the pytest plugin need them."""
+        users = {
+            entry(name)
+            for name in SOURCES
+            for target, _ in imports(name)
+            if target.split(".")[0] in TESTERS
+        }
+        assert users == {"testing", "pytest_plugin"}
 
     def test_constraints_pin_every_requirement(self):
         """constraints.txt has a version of everything that setup.cfg asks for."""

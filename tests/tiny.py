@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
@@ -16,18 +15,7 @@ from captum.attr import (
     TextTokenInput,
 )
 from PIL import Image
-from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -39,34 +27,19 @@ from transformers import (
 from captum_cage import ChatTokenInput, TokenIdsInput
 from captum_cage.inputs import Prompt
 from captum_cage.task import RowTask, text_units
+from captum_cage.testing import tiny_causal_lm, tokenizers
+from captum_cage.testing.models import FAMILIES
 from captum_cage.units import split_units
 
-CORPUS = [
-    "Ana has 3 pens. Mia has 4 more pens than Ana. How many pens does Mia have?",
-    "The answer is 18. So she sells 9 of them, e.g. on Monday, for 3.5 dollars each.",
-    "First, read the text. Second, think! Third, write: it costs nothing, does it?",
-]
-CHAT_TEMPLATE = (
-    "{{ bos_token or '' }}{% for m in messages %}<|{{ m['role'] }}|>\n"
-    "{{ m['content'] | trim }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
-)
+CORPUS, MARKS = tokenizers.CORPUS, tokenizers.MARKS
+CHAT_TEMPLATE = tokenizers.CHAT_TEMPLATE
 IMAGE_TOKEN = 3  # a role mark of the tokenizer, put to another use
-MARKS = ["<|system|>", "<|user|>", "<|assistant|>", "<|tool|>", "<|end|>"]
 
+# Few of the families: what holds for these is proved family by family elsewhere.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "llama", "num_key_value_heads": 2},
-    "gpt2": {"model_type": "gpt2"},
-    "qwen3": {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 8},
-    "gemma3": {
-        "model_type": "gemma3_text",
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "sliding_window": 16,
-        "layer_types": ["sliding_attention", "full_attention"],
-    },
+    arch: {"model_type": arch, **FAMILIES[arch]}
+    for arch in ("llama", "gpt2", "qwen3", "gemma3")
 }
-
 
 # Units and architectures: what one does is the same for the other, so not all pairs.
 UNITS_AND_ARCHITECTURES = [
@@ -85,103 +58,15 @@ def tiny_model(
     **changes: Any,
 ) -> PreTrainedModel:
     """A causal language model of two layers with random weights, ready to use."""
-    settings = {
-        "vocab_size": vocab_size,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        "pad_token_id": None,
-        **ARCHITECTURES[arch],
-        **changes,
-    }
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    config.bos_token_id = config.eos_token_id = config.pad_token_id = None
-    state = torch.get_rng_state()
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        # Random weights of the usual size give nearly uniform predictions.
-        parameter.data.mul_(4 if parameter.dim() > 1 else 1)
-    torch.set_rng_state(state)
-    return model.to(dtype).eval()
+    return tiny_causal_lm(
+        arch, vocab_size=vocab_size, seed=seed, dtype=dtype, **changes
+    )
 
 
 @lru_cache
 def tiny_tokenizer(kind: str = "bpe") -> PreTrainedTokenizerFast:
-    """A fast tokenizer: ``"bpe"`` (bytes), ``"sentencepiece"``, or ``"wordpiece"``.
-
-    Byte BPE has no BOS, like Qwen's; the SentencePiece-like one has ``<s>`` and byte
-    fallback, like Llama 2's; WordPiece lower-cases, like BERT's.
-    """
-    if kind == "bpe":
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer: Any = trainers.BpeTrainer(
-            vocab_size=420,
-            special_tokens=["<unk>", "<eos>", *MARKS],
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            show_progress=False,
-        )
-        names = {"unk_token": "<unk>", "eos_token": "<eos>"}
-    elif kind == "sentencepiece":
-        pieces = [f"<0x{byte:02X}>" for byte in range(256)]
-        backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
-        backend.normalizer = normalizers.Sequence(
-            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
-        )
-        backend.decoder = decoders.Sequence(
-            [
-                decoders.Replace("▁", " "),
-                decoders.ByteFallback(),
-                decoders.Fuse(),
-                decoders.Strip(" ", 1, 0),
-            ]
-        )
-        trainer = trainers.BpeTrainer(
-            vocab_size=520,
-            special_tokens=["<unk>", "<s>", "</s>", *MARKS, *pieces],
-            show_progress=False,
-        )
-        names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
-    else:
-        backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-        backend.normalizer = normalizers.BertNormalizer()
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-        backend.decoder = decoders.WordPiece()
-        trainer = trainers.WordPieceTrainer(
-            vocab_size=200,
-            special_tokens=["[UNK]", "[EOS]", *MARKS],
-            show_progress=False,
-        )
-        names = {"unk_token": "[UNK]", "eos_token": "[EOS]"}
-    backend.train_from_iterator(CORPUS, trainer)
-    if kind == "sentencepiece":
-        # Byte pieces are ordinary tokens; only the trainer knew them as special.
-        backend = _without_special(backend, pieces)
-        backend.post_processor = processors.TemplateProcessing(
-            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
-        )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        additional_special_tokens=MARKS,
-        clean_up_tokenization_spaces=False,
-        **names,
-    )
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def _without_special(backend: Tokenizer, pieces: list[str]) -> Tokenizer:
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [
-        token for token in state["added_tokens"] if token["content"] not in pieces
-    ]
-    return Tokenizer.from_str(json.dumps(state))
+    """A fast tokenizer without filler tokens, made once."""
+    return tokenizers.tiny_tokenizer(kind, vocab_size=None)
 
 
 def inputs_of_each_kind(

@@ -5,26 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 from docutils import nodes
-from docutils.utils.math import MathError
-from docutils.utils.math.latex2mathml import tex2mathml
+from latex2mathml.converter import convert
+from latex2mathml.exceptions import NoAvailableTokensError
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 
 
-def _mathml(node: nodes.Element, *, as_block: bool) -> str:
-    text = node.astext()
+def _mathml(node: nodes.Element, display: str) -> str:
     try:
-        return str(tex2mathml(text, as_block=as_block))
-    except MathError as error:
-        logger.warning("no MathML for %r: %s", text, error, location=node)
+        return str(convert(node.astext(), display=display))
+    except (NoAvailableTokensError, IndexError, ValueError) as error:
+        logger.warning("no MathML: %s", error, location=node)
         return ""
 
 
 def visit_inline(translator: Any, node: nodes.math) -> None:
     """A formula in a line."""
-    body = _mathml(node, as_block=False)
+    body = _mathml(node, "inline")
     translator.body.append(f'<span class="math notranslate">{body}</span>')
     raise nodes.SkipNode
 
@@ -32,7 +31,7 @@ def visit_inline(translator: Any, node: nodes.math) -> None:
 def visit_block(translator: Any, node: nodes.math_block) -> None:
     """A formula of its own, in a box that scrolls where it is too wide."""
     place = f' id="{node["ids"][0]}"' if node["ids"] else ""
-    body = _mathml(node, as_block=True)
+    body = _mathml(node, "block")
     translator.body.append(f'<div class="math notranslate"{place}>{body}</div>')
     raise nodes.SkipNode
 
