@@ -6,7 +6,6 @@ from typing import Any
 
 from docutils import nodes
 from latex2mathml.converter import convert
-from latex2mathml.exceptions import NoAvailableTokensError
 from sphinx.application import Sphinx
 from sphinx.util import logging
 
@@ -16,7 +15,8 @@ logger = logging.getLogger(__name__)
 def _mathml(node: nodes.Element, display: str) -> str:
     try:
         return str(convert(node.astext(), display=display))
-    except (NoAvailableTokensError, IndexError, ValueError) as error:
+    # Its exceptions have nothing in common.
+    except Exception as error:  # noqa: BLE001
         logger.warning("no MathML: %s", error, location=node)
         return ""
 

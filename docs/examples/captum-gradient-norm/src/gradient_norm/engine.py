@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from captum_cage import register_engine
-from captum_cage.task import RowTask
+from captum_cage.engines import RowTask, register_engine
 from gradient_norm.method import GradientNorm
 
 
