@@ -96,6 +96,7 @@ wheel-test: $(STAMP) ## all tests, and those of docs/examples, on the wheel as i
 	echo "The tests import $$imported"; \
 	[ "$$imported" = "$$installed/captum_cage/__init__.py" ]; \
 	venv/bin/captum-cage --help > help.txt; \
+	venv/bin/python ../../benchmarks/install.py --smoke; \
 	$(TEST_ENV) venv/bin/python $(PYTEST) -c ../../pyproject.toml --rootdir ../.. \
 	  ../../tests --ignore ../../tests/test_house.py
 	cp -r docs/examples $(PACKED)/examples

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from captum_cage._model import text_config
 
@@ -88,7 +89,7 @@ class CausalModel:
         )
         accepted = inspect.signature(self.model.forward).parameters
         self._accepted = set(accepted)
-        self._needs_mask = not isinstance(self.model, PreTrainedModel)
+        self._needs_mask = not isinstance(self.model, transformers.PreTrainedModel)
         find_head = getattr(self.model, "get_output_embeddings", None)
         head = find_head() if callable(find_head) else None
         self._head: nn.Module | None = head if isinstance(head, nn.Module) else None

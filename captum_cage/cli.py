@@ -88,7 +88,7 @@ class _Commands(TyperGroup):
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise
-        except (OSError, TypeError, ValueError) as error:
+        except (ImportError, OSError, TypeError, ValueError) as error:
             if ctx.params.get("traceback") or not _is_users(error):
                 raise
             _say(f"error: {_reason(error)}")

@@ -8,9 +8,8 @@ import os
 import re
 import textwrap
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 import numpy as np
 from scipy.sparse import csr_array
 
@@ -21,6 +20,9 @@ from captum_cage.archive import replacing, writable
 from captum_cage.explanation import Explanation
 from captum_cage.graph import AttributionGraph, RowsBehind
 from captum_cage.text import harmless
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 __all__ = [
     "SUFFIXES",
@@ -113,6 +115,17 @@ def to_csv(result: Explanation, path: str | os.PathLike[str]) -> None:
 # --- networkx ------------------------------------------------------------------------
 
 
+def _networkx() -> Any:
+    try:
+        import networkx  # noqa: PLC0415
+    except ImportError as error:
+        raise ImportError(
+            "to_networkx: graphs for other programs need networkx. Install it by "
+            "`pip install captum-cage[plot]`, or write .json, .npz or .csv."
+        ) from error
+    return networkx
+
+
 def to_networkx(
     result: Explanation, *, keep: float = 1.0, most: int | None = None
 ) -> nx.DiGraph:
@@ -143,6 +156,7 @@ def to_networkx(
         networkx.DiGraph: all values are plain Python ones.
 
     Raises:
+        ImportError: without networkx.
         TypeError: if ``keep`` is not a number, or ``most`` not a whole one.
         ValueError: if one of them is out of range.
     """
@@ -150,7 +164,7 @@ def to_networkx(
     if most is not None:
         most = whole_number("most", most, minimum=1, remedy="Pass a number of edges.")
     graph = result.graph
-    made = nx.DiGraph(
+    made = _networkx().DiGraph(
         normalization=graph.normalization,
         leaked=float(result.leaked),
         unresolved=float(result.unresolved),
@@ -335,6 +349,7 @@ def to_graphml(
         most (int, optional): as for `to_networkx`. Default: ``None``, no limit
 
     Raises:
+        ImportError: as `to_networkx` does.
         TypeError: as `to_networkx` does, or if ``path`` is no path.
         ValueError: as `to_networkx` does.
         OSError: if the file cannot be written.
@@ -346,7 +361,7 @@ def to_graphml(
                 values[name] = _NOT_XML.sub(_escaped, value)
                 values[f"{name}_json"] = json.dumps(value)
     with replacing(path) as partial:
-        nx.write_graphml_xml(made, str(partial), prettyprint=False)
+        _networkx().write_graphml_xml(made, str(partial), prettyprint=False)
 
 
 def _escaped(found: re.Match[str]) -> str:
@@ -380,6 +395,7 @@ def to_dot(
         str or None: the text, if there is no file.
 
     Raises:
+        ImportError: as `to_networkx` does.
         TypeError: if ``keep`` is not a number, or ``most`` not a whole one.
         ValueError: if one of them is out of range.
     """
@@ -490,6 +506,7 @@ def export(result: Explanation, path: str | os.PathLike[str]) -> None:
         path (str or PathLike): the file; an existing one is replaced.
 
     Raises:
+        ImportError: without networkx, for ``.graphml`` and ``.dot``.
         ValueError: if the suffix is none of `SUFFIXES`.
     """
     _WRITERS[checked_suffix(path)](result, path)

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from jinja2 import Environment, StrictUndefined
 from scipy.sparse import csr_array, vstack
 
 from captum_cage._checks import complaint, shown, whole_number
@@ -25,6 +24,14 @@ from captum_cage._version import __version__
 from captum_cage.explanation import Explanation, explained_texts
 from captum_cage.graph import AttributionGraph, RowsBehind
 from captum_cage.text import harmless
+
+try:
+    from jinja2 import Environment, StrictUndefined
+except ImportError as error:
+    raise ImportError(
+        "captum_cage.html: a page needs Jinja. Install it by "
+        "`pip install captum-cage[html]`."
+    ) from error
 
 __all__ = ["MAX_BYTES", "NOTEBOOK_BYTES", "fitting_graph", "frame", "page"]
 

@@ -10,24 +10,31 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any, TypeAlias
 
-import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.colors import FuncNorm, LinearSegmentedColormap, to_rgb
-from matplotlib.figure import Figure, SubFigure
-from matplotlib.font_manager import FontProperties, findfont, get_font
-from matplotlib.patches import FancyBboxPatch, PathPatch
-from matplotlib.path import Path as Curve
-from matplotlib.text import Text
-from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.cells import cell_len
 
 from captum_cage._checks import complaint, share_to_keep, shown, whole_number
 from captum_cage.explanation import Explanation, along
 from captum_cage.text import harmless, percent
+
+try:
+    import matplotlib as mpl
+    import matplotlib.pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.colors import FuncNorm, LinearSegmentedColormap, to_rgb
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+    from matplotlib.patches import FancyBboxPatch, PathPatch
+    from matplotlib.path import Path as Curve
+    from matplotlib.text import Text
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+except ImportError as error:
+    raise ImportError(
+        "captum_cage.plot: pictures need matplotlib. Install it by "
+        "`pip install captum-cage[plot]`."
+    ) from error
 
 __all__ = [
     "plot_graph",

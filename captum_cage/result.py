@@ -163,6 +163,11 @@ class GraphAttributionResult(LLMAttributionResult):
     Source: Walker and Ewetz (2025), :cite:p:`walker2025cage`.
     """
 
+    # Of Captum, which ships no types.
+    input_tokens: list[str]
+    output_tokens: list[str]
+    seq_attr: Tensor
+
     def __init__(
         self,
         graph: AttributionGraph,

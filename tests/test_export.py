@@ -213,6 +213,16 @@ def test_without_pandas_the_extra_is_named(monkeypatch):
         made().to_frame()
 
 
+@pytest.mark.parametrize("name", ["result.graphml", "result.dot"])
+def test_without_networkx_the_extra_is_named(name, tmp_path, monkeypatch):
+    """And forms that do without; no file is left."""
+    monkeypatch.setitem(sys.modules, "networkx", None)
+    with pytest.raises(ImportError, match=r"pip install captum-cage\[plot\].*\.json"):
+        made().export(tmp_path / name)
+    assert not list(tmp_path.iterdir())
+    made().export(tmp_path / "result.csv")
+
+
 def test_comma_separated_values_are_the_table(tmp_path):
     """Numbers exact, texts as they are but for lone surrogates, which are escaped."""
     result = made((0, 2))

@@ -42,11 +42,16 @@ LAYERS = (
 PURE = ("graph", "frontier", "solve")  # of torch, and of what brings it
 TOP_LEVEL = {
     *(".ci", ".gitignore", "Makefile", "constraints.txt", "pyproject.toml"),
-    *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "README.md"),
-    *("benchmarks", "captum_cage", "docs", "setup.cfg", "tests"),
+    *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in"),
+    *(".github", "README.md", "SECURITY.md", "benchmarks", "captum_cage", "docs"),
+    *("setup.cfg", "tests"),
 }
 # Distributions whose module has another name.
 MODULES = {"scikit-learn": "sklearn"}
+# Extras for who works on the package; the others are for its users.
+OURS = {"dev", "docs"}
+# Modules of users' extras that others import for us.
+FOR_OTHERS = {"accelerate"}  # transformers, to spread a model over devices
 # Views that a result imports at their first use, for they bring what the package's
 # import must not.
 LAZY = {"captum_cage.plot", "captum_cage.html", "captum_cage.export"}
@@ -130,7 +135,7 @@ def requirements():
     listed = {"": setup["options"]["install_requires"]}
     listed |= setup["options.extras_require"]
     return {
-        extra: {re.split(r"[<>=!~\[;]", line)[0] for line in lines.split()}
+        extra: {re.split(r"[<>=!~\[;]", line)[0] for line in lines.strip().splitlines()}
         for extra, lines in listed.items()
     }
 
@@ -154,9 +159,10 @@ def run(code):
 
 def optional_modules():
     """The modules that the extras for users bring."""
-    return modules(
-        set().union(*(v for k, v in requirements().items() if k not in ("", "dev")))
-    )
+    listed = [
+        names for extra, names in requirements().items() if extra not in {"", *OURS}
+    ]
+    return modules(set().union(*listed) - {"captum-cage"})
 
 
 class TestImports:
@@ -316,6 +322,17 @@ class TestImports:
         )
         assert run(code) == []
 
+    def test_the_command_line_starts_without_what_extras_bring(self):
+        """Nothing at the import of captum_cage.cli brings views or their packages."""
+        extra = {"networkx", "pandas", "sklearn", "datasets", "accelerate"}
+        extra |= {"matplotlib.pyplot", "captum_cage.plot", "captum_cage.html"}
+        code = (
+            "import sys, captum.attr, typer; before = set(sys.modules); "
+            "import captum_cage.cli; "
+            f"print(*(sys.modules.keys() - before) & set({extra!r}))"
+        )
+        assert run(code) == []
+
 
 class TestDependencies:
     """setup.cfg lists what is imported, and nothing else."""
@@ -326,6 +343,7 @@ class TestDependencies:
         used -= {*sys.stdlib_module_names, "captum_cage"}
         assert modules(requirements()["dev"]) >= TESTERS
         assert used - optional_modules() - TESTERS == modules(requirements()[""])
+        assert optional_modules() - used == FOR_OTHERS
 
     def test_packages_of_testers_are_imported_by_what_they_use_alone(self):
         """Only testing and the pytest plugin need them."""
@@ -336,6 +354,26 @@ class TestDependencies:
             if target.split(".")[0] in TESTERS
         }
         assert users == {"testing", "pytest_plugin"}
+
+    def test_extras_that_errors_name_exist(self):
+        """So do those that the docs name, and "all" has each of the users' extras."""
+        places = [*SOURCES.values(), *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+        named = {
+            extra.strip()
+            for path in places
+            for found in re.findall(
+                r"pip install ['\"]?captum-cage\[([a-z, ]+)\]",
+                path.read_text(encoding="utf-8"),
+            )
+            for extra in found.split(",")
+        }
+        setup = configparser.RawConfigParser()
+        setup.read(ROOT / "setup.cfg", encoding="utf-8")
+        extras = setup["options.extras_require"]
+        assert named
+        assert named - {"extra"} <= set(extras)
+        everything = re.search(r"\[(.+)\]", extras["all"])[1]
+        assert set(everything.split(", ")) == set(extras) - {"all", *OURS}
 
     def test_constraints_pin_every_requirement(self):
         """constraints.txt has a version of everything that setup.cfg asks for."""
@@ -376,8 +414,9 @@ class TestModules:
 
     def test_a_test_file_has_its_module(self):
         """No test file outlives what it tests."""
-        # Those of the whole: its house, docs, every question, what needs a GPU.
-        known = {f"test_{name}.py" for name in ("house", "docs", "questions", "cuda")}
+        # Those of the whole: its house, docs, every question, what needs a GPU, ...
+        whole = ("house", "docs", "questions", "cuda", "api", "typing", "wheel")
+        known = {f"test_{name}.py" for name in whole}
         for name in SOURCES:
             parts = [part.lstrip("_") for part in name.split(".")[1:]]
             known.add(f"test_{'_'.join(parts)}.py")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import pickle
 import re
+import sys
 import zipfile
 
 import matplotlib.pyplot as plt
@@ -544,3 +546,15 @@ def test_a_path_is_told_without_steering_the_terminal():
     """Whatever its units say."""
     path = TextPath((1, 0), 1.0, ("a\u202e\x9b", "\ud800\x1b"), 1.0)
     assert str(path) == '"a\\u202e\\x9b" <- "\\ud800\\u001b" (100.0%)'
+
+
+@pytest.mark.parametrize(
+    ("view", "package", "extra"),
+    [("plot", "matplotlib", "plot"), ("html", "jinja2", "html")],
+)
+def test_a_view_without_its_package_names_the_extra(view, package, extra, monkeypatch):
+    """The result itself needs neither."""
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"captum_cage.{view}", raising=False)
+    with pytest.raises(ImportError, match=rf"pip install captum-cage\[{extra}\]"):
+        importlib.import_module(f"captum_cage.{view}")

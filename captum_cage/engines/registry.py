@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, overload
 
 from captum.attr import (
     FeatureAblation,
@@ -71,6 +71,14 @@ _engines: dict[type, Engine] = {
     ContextCite: SUBSETS,
     OneShotReAGent: REFILL,
 }
+
+
+@overload
+def register_engine(method: type, engine: Engine | RowFunction) -> None: ...
+
+
+@overload
+def register_engine(method: type) -> Callable[[_EngineT], _EngineT]: ...
 
 
 def register_engine(

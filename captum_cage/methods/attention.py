@@ -9,17 +9,12 @@ from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from captum_cage._checks import complaint
 from captum_cage._model import text_config
 from captum_cage.causal import CausalModel, close_enough
-
-try:
-    from transformers import AttentionMaskInterface as _Masks
-except ImportError:  # transformers before 4.53 makes masks in each model
-    _Masks: Any = None  # type: ignore[no-redef]
 
 __all__ = [
     "AttentionFunction",
@@ -166,9 +161,13 @@ def replaced_attention(model: nn.Module, function: AttentionFunction) -> Iterato
     name = f"captum_cage_{next(_numbers)}"
     configs = _configs(model)
     before = [getattr(config, _IMPLEMENTATION) for config in configs]
-    AttentionInterface.register(name, attend)
-    if _Masks is not None:
-        _Masks.register(name, _Masks()["sdpa"])
+    # By attribute: transformers imports them, and much more, at their first use.
+    attentions = transformers.AttentionInterface
+    # transformers before 4.53 makes masks in each model.
+    masks = getattr(transformers, "AttentionMaskInterface", None)
+    attentions.register(name, attend)
+    if masks is not None:
+        masks.register(name, masks()["sdpa"])
     try:
         for config in configs:
             setattr(config, _IMPLEMENTATION, name)
@@ -176,7 +175,7 @@ def replaced_attention(model: nn.Module, function: AttentionFunction) -> Iterato
     finally:
         for config, implementation in zip(configs, before, strict=True):
             setattr(config, _IMPLEMENTATION, implementation)
-        for registry in (AttentionInterface, _Masks):
+        for registry in (attentions, masks):
             if registry is not None:
                 registry._global_mapping.pop(name, None)
 

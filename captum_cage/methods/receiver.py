@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy
 import torch
 from captum.attr import InterpretableInput
-from scipy.stats import kurtosis
 from torch import Tensor
 
 from captum_cage._checks import complaint, whole_number
@@ -140,7 +140,7 @@ def receiver_heads(
     for unit in range(count - apart):
         received[..., unit] = between[..., unit + apart :, unit].mean(axis=-1)
     with np.errstate(invalid="ignore"):
-        narrowness = kurtosis(received[..., : count - apart], axis=-1)
+        narrowness = scipy.stats.kurtosis(received[..., : count - apart], axis=-1)
     order = np.argsort(-np.nan_to_num(narrowness, nan=-np.inf), axis=None)[:wanted]
     layers, numbers = np.unravel_index(order, narrowness.shape)
     return ReceiverHeads(

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy
 import torch
-from scipy.stats import rankdata
 from torch import Tensor, nn
 
 from captum_cage._captum import family
@@ -202,7 +202,7 @@ def _chance(own: Array, found: float, seeds: int, draws: int = 2000) -> float:
     if np.ptp(own) == 0.0:
         return 0.0  # what is the same for all sources says nothing of any model
     rng = np.random.default_rng(0)
-    ranks = rankdata(own)
+    ranks = scipy.stats.rankdata(own)
     ranks = (ranks - ranks.mean()) / ranks.std()
     plain = np.arange(own.size) - (own.size - 1) / 2
     random = rng.permuted(np.tile(plain / plain.std(), (draws * seeds, 1)), axis=1)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
+import scipy
 
 from captum_cage._checks import real_array
 from captum_cage.metrics.curves import area, fractions, mas, rise
@@ -294,7 +294,8 @@ def _rank_correlation(one: Array, other: Array) -> float:
     """Spearman's, 0 where one side is constant and says nothing."""
     if np.ptp(one) == 0.0 or np.ptp(other) == 0.0:
         return 0.0
-    return float(np.corrcoef(rankdata(one), rankdata(other))[0, 1])
+    ranks = scipy.stats.rankdata([one, other], axis=1)
+    return float(np.corrcoef(ranks)[0, 1])
 
 
 def infidelity(probe: Probe) -> Score:

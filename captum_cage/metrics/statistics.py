@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy
 from numpy.typing import ArrayLike
-from scipy.stats import bootstrap, false_discovery_control, wilcoxon
 
 from captum_cage._checks import complaint, real_array, whole_number
 
@@ -116,7 +116,7 @@ def estimate(
     error = float(numbers.std(ddof=1) / np.sqrt(numbers.size))
     if np.ptp(numbers) == 0.0:
         return Estimate(mean, mean, mean, 0.0, numbers.size, level)
-    found = bootstrap(
+    found = scipy.stats.bootstrap(
         (numbers,),
         np.mean,
         confidence_level=level,
@@ -175,7 +175,7 @@ def compare(
     spread = difference.std(ddof=1) if difference.size > 1 else 0.0
     if spread <= _ROUNDING * np.abs(difference).max():
         spread = 0.0
-    p = 1.0 if not difference.any() else float(wilcoxon(difference).pvalue)
+    p = 1.0 if not difference.any() else float(scipy.stats.wilcoxon(difference).pvalue)
     return Comparison(
         found,
         int((sign > 0).sum()),
@@ -221,7 +221,9 @@ def compare_all(
         for name in names
     ]
     corrected: Sequence[float] = (
-        false_discovery_control([one.p for one in found]).tolist() if found else []
+        scipy.stats.false_discovery_control([one.p for one in found]).tolist()
+        if found
+        else []
     )
     return {
         name: Comparison(

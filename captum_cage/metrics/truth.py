@@ -7,8 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
+import scipy
 from numpy.typing import ArrayLike
-from scipy.stats import kendalltau, rankdata, spearmanr
 
 from captum_cage._checks import complaint, one_of, real_array, whole_number
 
@@ -57,7 +57,7 @@ def auroc(scores: ArrayLike, gold: Sequence[int]) -> float:
         1.0
     """
     values, chosen = _checked(scores, gold)
-    ranks = rankdata(values)
+    ranks = scipy.stats.rankdata(values)
     count = len(chosen)
     if count == values.size:
         raise ValueError(
@@ -214,7 +214,8 @@ def agreement(
         return len(best[0] & best[1]) / top
     if np.ptp(first) == 0.0 or np.ptp(second) == 0.0:
         return float("nan")
-    test = spearmanr if measure == "spearman" else kendalltau
+    spearman = measure == "spearman"
+    test = scipy.stats.spearmanr if spearman else scipy.stats.kendalltau
     return float(test(first, second).statistic)
 
 
