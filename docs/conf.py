@@ -93,7 +93,9 @@ nitpick_ignore_regex = [
         "py:class",
         r"(captum_cage\..*\.)?_\w+|captum_cage\._captum\.LLMAttributionObject",
     ),
-    ("py:class", r"(captum_cage\..*\.)?(Contrast|FollowUp|Result|Samples)"),
+    ("py:class", r"(captum_cage\..*\.)?(Contrast|Factory|FollowUp|Result|Samples)"),
+    ("py:class", r"captum_cage\.causal\.Prefix|captum_cage\.testing\.report\.Verdict"),
+    ("py:class", r"(npt|st)\..*|SearchStrategy"),
 ]
 
 

@@ -148,6 +148,13 @@ def test_rows_of_another_shape_are_told_by_the_shape():
     assert [finding.law for finding in caught.value.report.broken] == ["shape"]
 
 
+def test_rows_that_are_not_finite_are_told_once():
+    """The same NaN in both rows that are compared breaks no other law."""
+    with pytest.raises(LawsBroken) as caught:
+        check_attribution_method(changed(without_a_number), cases=ONE)
+    assert [finding.law for finding in caught.value.report.broken] == ["finiteness"]
+
+
 @pytest.mark.parametrize(
     ("change", "pattern"),
     [
@@ -303,6 +310,7 @@ def test_a_random_method_passes():
     [
         ({"factory": 3}, TypeError, "factory: must be the class .* int 3 came"),
         ({"factory": lambda model: model}, TypeError, "came from it"),
+        ({"factory": lambda: 3}, TypeError, "factory: must be the class"),
         ({"factory": Plain, "laws": ["no"]}, ValueError, "laws: .* 'no' came"),
         ({"factory": Plain, "laws": "runs"}, TypeError, "laws: must be several names"),
         ({"factory": Plain, "laws": []}, ValueError, "laws: must name a law"),

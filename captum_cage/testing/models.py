@@ -109,7 +109,7 @@ def tiny_causal_lm(
 
     Args:
         arch (str, optional): a family that the package is tested with: those of
-            ``FAMILIES`` in :mod:`captum_cage.testing.models`, such as ``"llama"``,
+            ``captum_cage.testing.models.FAMILIES``, such as ``"llama"``,
             ``"qwen3"``, ``"gemma3"`` or ``"gpt2"``. Any other ``model_type`` of
             transformers is tried with the same sizes. Default: ``"llama"``
         seed (int, optional): of the weights. Default: ``0``

@@ -182,8 +182,8 @@ def _path_sum(result: GraphAttributionResult) -> None:
     expected = _all_paths(result, result.weights[None])[0]
     for unit in np.flatnonzero(~(np.abs(found - expected) <= _close(expected))):
         raise Broken(
-            f"{expected[unit]!r}, the sum over all paths",
-            f"{found[unit]!r}",
+            f"{float(expected[unit])!r}, the sum over all paths",
+            f"{float(found[unit])!r}",
             _MADE,
             f"seq_attr[{unit}] ({result.input_tokens[unit]!r})",
         )
@@ -194,8 +194,8 @@ def _marginals(result: GraphAttributionResult) -> None:
     found = result.token_attr.numpy()
     for row, unit in np.argwhere(~(np.abs(found - expected) <= _close(expected))):
         raise Broken(
-            f"{expected[row, unit]!r}, the sum over all paths",
-            f"{found[row, unit]!r}",
+            f"{float(expected[row, unit])!r}, the sum over all paths",
+            f"{float(found[row, unit])!r}",
             _MADE,
             f"token_attr[{row}, {unit}]",
         )
@@ -347,8 +347,8 @@ def _equal(
 ) -> None:
     for row, unit in np.argwhere(~(np.abs(found - expected) <= _EXACT)).tolist():
         raise Broken(
-            f"{what}, {expected[row, unit]!r}",
-            f"{found[row, unit]!r}",
+            f"{what}, {float(expected[row, unit])!r}",
+            f"{float(found[row, unit])!r}",
             _MADE,
             f"{name}, {_place(result, row, unit)}",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -340,10 +341,11 @@ def check_same(
         measure = f"standard errors over {len(found)} runs"
         found, expected = found.mean(axis=0), expected.mean(axis=0)
     else:
-        scale = float(np.abs(expected).max()) or 1.0
-        differences, allowed = np.abs(found - expected) / scale, trial.tolerance
+        scale = float(np.abs(expected).max(initial=0, where=np.isfinite(expected)))
+        differences, allowed = np.abs(found - expected) / (scale or 1), trial.tolerance
         measure = "of the largest entry"
-    # NaN is no equality.
+        # That both are not finite is for another law to say.
+        differences[~np.isfinite(found) & ~np.isfinite(expected)] = 0
     wrong = ~(differences <= allowed)
     if not wrong.any():
         return
@@ -494,11 +496,11 @@ def _few(llm_attr: LLMAttributionObject) -> dict[str, Any]:
 
 def _arguments(factory: Callable[..., Any], model: Any, tokenizer: Any) -> list[Any]:
     """A model, and a tokenizer where the function cannot do without it."""
-    try:
-        inspect.signature(factory).bind(model)
-    except TypeError:
-        return [model, tokenizer]
-    return [model]
+    for arguments in ([model], [model, tokenizer]):
+        with suppress(TypeError):
+            inspect.signature(factory).bind(*arguments)
+            return arguments
+    raise _no_factory(factory, "came")
 
 
 def _no_factory(value: object, how: str) -> TypeError:
