@@ -74,7 +74,7 @@ def page(
         max_bytes: size of the page. A graph that is too large for it becomes what
             `fitting_graph` makes of it, and the page says how much mass that leaves
             unresolved. ``None`` for the whole graph, whatever its size. A page needs
-            some 70,000 bytes, its texts, and an entry for each generated unit, so it
+            some 75,000 bytes, its texts, and an entry for each generated unit, so it
             can be larger if that is.
 
     Returns:
