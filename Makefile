@@ -67,7 +67,7 @@ types: $(STAMP) ## mypy, strict
 
 # The site is made afresh: what is left of an earlier one could hide a dead link.
 docs: $(STAMP) ## the site, in build/site; examples are run, links followed, pictures compared
-	$(TEST_ENV) $(BIN)/python -m pytest --doctest-modules captum_cage tests/test_docs.py
+	$(TEST_ENV) $(BIN)/python $(PYTEST) --doctest-modules captum_cage tests/test_docs.py
 	$(TEST_ENV) $(BIN)/python docs/gallery/make.py --check
 	rm -rf build/site
 	$(TEST_ENV) $(BIN)/sphinx-build -q -W --keep-going -d build/doctrees docs build/site
