@@ -125,7 +125,7 @@ def check_kwargs(llm_attr: LLMAttributionObject, kwargs: Mapping[str, Any]) -> N
                 f"{_OURS[key]}. Leave it out."
             )
         if key not in allowed:
-            names = ", ".join(sorted(allowed - set(_OURS) - {"target"}))
+            names = ", ".join(sorted(allowed - set(_OURS) - {"target"})) or "none"
             raise TypeError(
                 f"{key}: neither GraphContextAttribution nor {name} takes this "
                 f"argument. {name} takes: {names}."

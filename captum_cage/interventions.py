@@ -80,6 +80,8 @@ class PathCheck:
         changed (float): share of the samples in which that is another text than
             without the intervention.
         least (float): part of the predicted change that a real path must show.
+        contrastive (bool): whether changes are of the log-odds against a foil, not of
+            the log-probability.
     """
 
     units: tuple[int, ...]
@@ -93,6 +95,7 @@ class PathCheck:
     answer: str
     changed: float
     least: float
+    contrastive: bool = False
 
     @property
     def measured(self) -> float:
@@ -143,6 +146,7 @@ class PathCheck:
 
     def __str__(self) -> str:
         verdict = "holds" if self.holds else "does not hold"
+        of = "log-odds" if self.contrastive else "log-probability"
         path = " <- ".join(repr(text.strip()) for text in self.texts)
         error = (
             ""
@@ -151,7 +155,7 @@ class PathCheck:
         )
         return (
             f"The path {verdict}: {path}\n"
-            f"predicted change of the log-probability {self.predicted:.3g}, measured "
+            f"predicted change of the {of} {self.predicted:.3g}, measured "
             f"{self.measured:.3g}{error}, {self.kind}; another answer in "
             f"{self.changed:.0%} of {len(self.changes)} samples"
         )
@@ -254,6 +258,7 @@ def verify_path(
         answer=decode(task.generated[start:stop], task.llm_attr.tokenizer),
         changed=float(np.mean(changed)),
         least=float(least),
+        contrastive=contrast is not None,
     )
 
 

@@ -655,7 +655,7 @@ def plot_graph(
     ax.set_ylim(height, 0)
     ax.axis("off")
     _draw_rows(ax, result, rows, width, size)
-    _draw_arcs(ax, edges, {row.unit: row for row in rows}, width)
+    _draw_arcs(ax, result, edges, {row.unit: row for row in rows}, width)
     room = max(int(width / (0.0078 * size)) - 4, _NARROWEST)
     lines = [line for part in told.split("\n") for line in _wrapped(part, room, 2)]
     ax.text(0.1, needed - 0.1, "\n".join(lines), fontsize=size - 1, va="bottom")
@@ -829,7 +829,11 @@ def _light(part: float) -> tuple[float, float, float]:
 
 
 def _draw_arcs(
-    ax: Axes, edges: Sequence[_Edge], rows: dict[int | None, _Row], width: float
+    ax: Axes,
+    result: Explanation,
+    edges: Sequence[_Edge],
+    rows: dict[int | None, _Row],
+    width: float,
 ) -> None:
     left, _ = _text_edges(width, 9.0)
     largest = max((abs(edge.mass) for edge in edges), default=1.0)
@@ -837,14 +841,13 @@ def _draw_arcs(
         (rows[edge.later].middle - rows[edge.earlier].middle for edge in edges),
         default=1.0,
     )
-    sources = {edge.earlier for edge in edges} - {edge.later for edge in edges}
     # The widest last, or they would hide the others.
     for edge in sorted(edges, key=lambda edge: abs(edge.mass)):
         start, end = rows[edge.later].middle, rows[edge.earlier].middle
         part = abs(edge.mass) / largest
         reach = (left - 0.2) * (0.12 + 0.88 * np.sqrt((start - end) / longest))
         control = left - reach * 4 / 3  # the curve goes three quarters of the way
-        colour = _DARK if edge.earlier in sources else _BLUE
+        colour = _BLUE if result.units[edge.earlier].generated else _DARK
         ax.add_patch(
             PathPatch(
                 Curve(

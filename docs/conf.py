@@ -59,7 +59,7 @@ bibtex_default_style = "alpha"
 bibtex_reference_style = "label"
 
 html_math_renderer = "mathml"
-html_sidebars = {"start": []}
+html_sidebars = {"start": [], "gallery/README": []}
 html_static_path = ["_static"]
 html_css_files = ["custom.css"]
 html_copy_source = False

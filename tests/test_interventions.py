@@ -490,6 +490,8 @@ class TestFoils:
         assert check.kind == "direct"
         assert check.measured > 8.0
         assert check.predicted == pytest.approx(check.measured, abs=1e-5)
+        assert check.contrastive
+        assert "change of the log-odds" in str(check)
 
     def test_other_measures_are_shares_of_all_that_the_log_odds_lose(self):
         """Not of what the log-probability loses."""
@@ -531,6 +533,8 @@ class TestFoils:
         way = [units[place] for place in path]
         expected = of_case("chain", 0).verify_path(way)
         check = both.verify_path(way)
+        assert not check.contrastive
+        assert "change of the log-probability" in str(check)
         assert check.measured == pytest.approx(expected.measured, abs=1e-5)
         assert check.predicted == pytest.approx(expected.predicted, abs=1e-5)
 

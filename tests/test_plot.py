@@ -103,6 +103,11 @@ def large(P, G, normalization="positive", seed=0):
     return made(rows, texts, P, [G - 1], normalization)
 
 
+def arcs_of(ax):
+    """The arcs of a graph."""
+    return [patch for patch in ax.patches if isinstance(patch, PathPatch)]
+
+
 def texts_of(figure):
     """All texts of a picture that are seen."""
     found = (text for text in figure.findobj(Text) if text.get_visible())
@@ -349,7 +354,7 @@ def test_hops_end_where_they_are_told_to():
 
 def arcs(ax):
     """The two ends of each arc, by height."""
-    found = [p for p in ax.patches if isinstance(p, PathPatch)]
+    found = arcs_of(ax)
     return [(p.get_path().vertices[0][1], p.get_path().vertices[-1][1]) for p in found]
 
 
@@ -362,6 +367,21 @@ def boxes(ax):
 def middle(box):
     """Where the arcs of a unit begin."""
     return pytest.approx(box.get_y() + box.get_height() / 2)
+
+
+def test_arcs_are_blue_to_generated_units_and_brown_to_sources():
+    """Also to a generated unit of whose own row nothing is drawn."""
+    rows = [[1] * 9 + [0, 0], [0] * 9 + [1, 0]]
+    texts = [f"Fact {n}. " for n in range(9)] + ["A step. ", "The answer."]
+    result = made(rows, texts, 9, [1])
+    _, ax = result.plot_graph(keep=0.5)
+    assert [arc.get_edgecolor()[:3] for arc in arcs_of(ax)] == [
+        mpl.colors.to_rgb(plot._BLUE)
+    ]
+    _, ax = result.plot_graph(keep=1)
+    assert [arc.get_edgecolor()[:3] for arc in arcs_of(ax)].count(
+        mpl.colors.to_rgb(plot._DARK)
+    ) == 9
 
 
 def test_every_edge_with_mass_is_an_arc():
@@ -379,7 +399,7 @@ def test_every_edge_with_mass_is_an_arc():
     assert len(found) == len(expected)
     for _, later, earlier in expected:
         assert (middle(later), middle(earlier)) in found
-    widths = [p.get_linewidth() for p in ax.patches if isinstance(p, PathPatch)]
+    widths = [p.get_linewidth() for p in arcs_of(ax)]
     by_width = [found[i] for i in np.argsort(widths)]
     by_mass = sorted(expected, key=lambda edge: edge[0])
     assert by_width[-1] == (middle(by_mass[-1][1]), middle(by_mass[-1][2]))
@@ -453,10 +473,10 @@ def test_units_from_outside_have_a_heading():
 def test_what_argues_against_is_dashed():
     """Colour is not all that says it."""
     _, ax = small("signed").plot_graph(keep=1)
-    styles = {p.get_linestyle() for p in ax.patches if isinstance(p, PathPatch)}
+    styles = {p.get_linestyle() for p in arcs_of(ax)}
     assert len(styles) == 2
     _, ax = small("positive").plot_graph(keep=1)
-    assert {p.get_linestyle() for p in ax.patches if isinstance(p, PathPatch)} == {"-"}
+    assert {p.get_linestyle() for p in arcs_of(ax)} == {"-"}
 
 
 def test_rows_do_not_overlap():

@@ -14,11 +14,13 @@ logger = logging.getLogger(__name__)
 
 def _mathml(node: nodes.Element, display: str) -> str:
     try:
-        return str(convert(node.astext(), display=display))
+        found = str(convert(node.astext(), display=display))
     # Its exceptions have nothing in common.
     except Exception as error:  # noqa: BLE001
         logger.warning("no MathML: %s", error, location=node)
         return ""
+    # Browsers do not make digits bold by themselves.
+    return found.replace('<mn mathvariant="bold">1</mn>', "<mn>\U0001d7cf</mn>")
 
 
 def visit_inline(translator: Any, node: nodes.math) -> None:

@@ -172,24 +172,32 @@ def long_and_random(n_tokens: int = 3000) -> GraphAttributionResult:
 # --- pictures of them ----------------------------------------------------------------
 
 
-def beside(result: GraphAttributionResult, height: float = 5.2) -> Figure:
-    """The graph, and beside it the sources: by the row alone, and along all paths."""
-    figure, (left, right) = plt.subplots(
-        1,
+def with_sources(result: GraphAttributionResult, height: float = 7.4) -> Figure:
+    """The graph, and below it the sources: by the row alone, and along all paths."""
+    figure, (above, below) = plt.subplots(
         2,
-        figsize=(14, height),
-        width_ratios=(1.5, 1),
-        gridspec_kw={"wspace": 0.5, "left": 0.01, "right": 0.97},
+        1,
+        figsize=(9, height),
+        height_ratios=(height - 3.2, 2.6),
+        gridspec_kw={
+            "hspace": 0.12,
+            "left": 0.01,
+            "right": 0.97,
+            "top": 0.99,
+            "bottom": 0.5 / height,
+        },
     )
     figure.set_facecolor("white")
-    result.plot_graph(left)
-    result.plot_sources(right, top=7)
+    result.plot_graph(above)
+    result.plot_sources(below, top=7)
+    box = below.get_position()
+    below.set_position((0.32, box.y0, 0.65, box.height))
     return figure
 
 
 def high(result: GraphAttributionResult) -> Figure:
     """The same for many units."""
-    return beside(result, 9.0)
+    return with_sources(result, 11.5)
 
 
 def graph(result: GraphAttributionResult) -> Figure:
@@ -213,10 +221,10 @@ def heatmap(result: GraphAttributionResult) -> Figure:
 Explain = Callable[[], GraphAttributionResult]
 Draw = Callable[[GraphAttributionResult], Figure]
 GALLERY: dict[str, tuple[Explain, Draw]] = {
-    "two-answers": (two_answers, beside),
+    "two-answers": (two_answers, with_sources),
     "eight-steps": (eight_steps, all_steps),
-    "misled-by-a-tool": (misled_by_a_tool, beside),
-    "against-the-answer": (against_the_answer, beside),
+    "misled-by-a-tool": (misled_by_a_tool, with_sources),
+    "against-the-answer": (against_the_answer, with_sources),
     "why-not-another": (why_not_another, high),
     "word-by-word": (word_by_word, heatmap),
     "long-and-random": (long_and_random, graph),
