@@ -7,6 +7,7 @@ asks for a fixture.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -49,7 +50,16 @@ def _captum_cage_shelf() -> _Shelf:
     return _Shelf()
 
 
-def _key(name: str, options: dict[str, Any]) -> tuple[Any, ...]:
+def _key(
+    make: Callable[..., Any], name: str, options: dict[str, Any]
+) -> tuple[Any, ...]:
+    parameters = signature(make).parameters
+    # An option that is the default makes no other model.
+    options = {
+        key: value
+        for key, value in options.items()
+        if key not in parameters or parameters[key].default != value
+    }
     return (name, *sorted((key, repr(value)) for key, value in options.items()))
 
 
@@ -83,7 +93,7 @@ def tiny_causal_lm(
     used: dict[Any, str] = {}
 
     def made(arch: str = "llama", **options: Any) -> PreTrainedModel:
-        key = _key(f"model {arch}", options)
+        key = _key(make, f"model {arch}", options)
         used[key] = _call("tiny_causal_lm", arch, options)
         model: PreTrainedModel = _captum_cage_shelf.given(
             key, lambda: make(arch, **options), model_snapshot
@@ -110,7 +120,7 @@ def tiny_tokenizer(
     used: dict[Any, str] = {}
 
     def made(kind: str = "bpe", **options: Any) -> PreTrainedTokenizerFast:
-        key = _key(f"tokenizer {kind}", options)
+        key = _key(make, f"tokenizer {kind}", options)
         used[key] = _call("tiny_tokenizer", kind, options)
         tokenizer: PreTrainedTokenizerFast = _captum_cage_shelf.given(
             key, lambda: make(kind, **options), tokenizer_snapshot

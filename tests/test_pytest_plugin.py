@@ -20,6 +20,13 @@ def test_a_model_is_made_once(tiny_causal_lm):
     kept.append(tiny_causal_lm("llama", seed=3))
     assert kept[0] is tiny_causal_lm("llama", seed=3)
     assert kept[0] is not tiny_causal_lm("llama", seed=4)
+    assert tiny_causal_lm("llama", seed=0) is tiny_causal_lm()
+
+
+def test_that_reads_attention_and_truncates(tiny_causal_lm, tiny_tokenizer):
+    given = {"return_tensors": "pt", "truncation": True, "max_length": 3}
+    ids = tiny_tokenizer("byte")("a" * 9, **given).input_ids
+    assert tiny_causal_lm()(ids, output_attentions=True).logits.shape == (1, 3, 640)
 
 
 def test_and_kept_for_the_next_test(tiny_causal_lm, tiny_tokenizer):
@@ -65,7 +72,7 @@ def done(tmp_path_factory):
 
 def test_changes_are_errors_of_the_test_that_made_them(done):
     """The others pass; the next test gets a model as it was."""
-    assert "1 failed, 6 passed, 3 errors" in done
+    assert "1 failed, 7 passed, 3 errors" in done
 
 
 def test_the_message_says_what_was_changed_and_what_to_do(done):

@@ -79,6 +79,24 @@ def of_tokens(row, task, _):
     return row * 2 if len(task.steps) < len(task.generated) else row
 
 
+def with_all_tokens(row, task, _):
+    """Tokens of no unit are taken for some."""
+    return row * 2 if (task.unit_of_token() < 0).any() else row
+
+
+def kept_for_all(task, steps):
+    """The rows of the first call answer every later one."""
+    if "rows" not in task.kept:
+        task.kept["rows"] = [loop_row(task, step) for step in steps]
+    return [row for row, _ in zip(task.kept["rows"], steps, strict=False)]
+
+
+def without_gradients(row, *_):
+    """Gradients are switched off for whatever comes next."""
+    torch.set_grad_enabled(False)
+    return row
+
+
 def in_training(row, task, _):
     """The mode is changed."""
     task.llm_attr.model.train()
@@ -154,6 +172,13 @@ BROKEN = {
     ),
     "order": ("equality to the loop", backwards, "the loop's row"),
     "units": ("group then solve", by_the_loop(of_tokens), "units of two tokens"),
+    "no unit": (
+        "tokens of no unit",
+        by_the_loop(with_all_tokens),
+        "entry of task.unit",
+    ),
+    "kept rows": ("rows asked for", kept_for_all, "after other steps|rows|row"),
+    "a setting": ("random state", by_the_loop(without_gradients), "gradient mode was"),
     "all rows": ("rows asked for", all_of_them, r"steps=\[3\].*1 rows.*4 rows"),
     "the first rows": ("rows asked for", from_the_first, r"row 3 .*for steps=\[3\]"),
     "batches": ("batch size", by_the_loop(in_batches), "with batch_size=1"),
@@ -197,7 +222,7 @@ def test_one_report_names_all_that_is_broken():
     assert {"causality", "equality to the loop"} <= broken
     assert {f.law for f in report.findings} == set(ENGINE_LAWS)
     lines = str(caught.value).splitlines()
-    assert lines[0].startswith("check_engine: by_the_loop.<locals>.rows: 14 laws, ")
+    assert lines[0].startswith("check_engine: by_the_loop.<locals>.rows: 15 laws, ")
     assert lines[1].split()[-1] == "broken"
 
 

@@ -114,6 +114,30 @@ def test_other_families_of_transformers_are_tried():
     assert caught.value.__cause__ is not None
 
 
+def test_a_model_that_sees_later_tokens_is_refused():
+    """It is no causal one, whatever transformers says."""
+    with pytest.raises(ValueError, match="its logits depend on later tokens"):
+        tiny_causal_lm("bert")
+
+
+def test_what_is_asked_of_the_config_is_in_it():
+    """An end token, too."""
+    assert tiny_causal_lm(eos_token_id=5).config.eos_token_id == 5
+
+
+def test_weights_do_not_depend_on_what_torch_is_set_to():
+    """Default type and inference mode."""
+    expected = tiny_causal_lm().state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.inference_mode():
+            model = tiny_causal_lm()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(v, expected[k]) for k, v in model.state_dict().items())
+    model(torch.tensor([[1, 2]])).logits.sum().backward()
+
+
 def test_a_model_that_would_be_large_is_refused():
     """Before its weights are made."""
     with pytest.raises(ValueError, match=r"it would have [0-9]{8,} parameters"):

@@ -124,6 +124,9 @@ BROKEN = {
     "direct": ("direct and sequence", {"direct": lambda r: r.sequence}, "direct.seq"),
     "explained": ("span", {"explained": lambda _: (4, 1)}, "rising positions of 6"),
     "weights": ("span", {"weights": lambda r: r.weights * 2}, "weights"),
+    "a token": ("shape", {"input_tokens": lambda r: r.input_tokens[::-1]}, "of the un"),
+    "a text": ("shape", {"source_text": lambda r: "x" + r.source_text}, "of the text"),
+    "steps": ("save and load", {"step_attr": lambda r: r.step_attr + 1}, "step_attr"),
     "saved": ("save and load", {"seq_attr": lambda r: r.seq_attr + 1}, "result.npz"),
 }
 

@@ -24,6 +24,7 @@ from captum_cage._checks import complaint, shown, whole_number
 from captum_cage.attribution import GraphContextAttribution
 from captum_cage.engines.engine import Engine, RowFunction, Unsuitable
 from captum_cage.engines.registry import _engines, find_engine
+from captum_cage.rows import loop_row
 from captum_cage.task import RowTask
 from captum_cage.testing.report import (
     Broken,
@@ -138,11 +139,14 @@ def check_engine(
       after that.
     - ``"equality to the loop"``: it is the loop's row.
     - ``"group then solve"``: with units of two tokens, too.
-    - ``"rows asked for"``: rows of any ascending positions come alone, in this order.
+    - ``"tokens of no unit"``: tokens of no unit and units from outside between generated
+      ones, as chats and traces have them, are taken as the loop takes them.
+    - ``"rows asked for"``: rows of any ascending positions come alone, in this order
+      and also after others of the same task.
     - ``"batch size"``: they do not depend on ``task.batch_size``.
     - ``"determinism"``: the same seed gives the same rows.
     - ``"random state"``: the random states are left as they were, or drawn from; never
-      seeded.
+      seeded. Torch's gradient mode and default types are left as they were.
     - ``"model unchanged"``: parameters, buffers, gradients, ``requires_grad``, modes,
       hooks, config and attention implementation are as they were.
     - ``"objects unchanged"``: so are the Captum object, the base method, the tokenizer
@@ -336,6 +340,7 @@ class EngineTrial:
         steps: Sequence[int] | None = None,
         seed: int | None = None,
         batch_size: int | None = None,
+        kept: dict[str, Any] | None = None,
     ) -> list[Any]:
         """What the engine gives, as it is.
 
@@ -344,11 +349,13 @@ class EngineTrial:
             steps (Sequence[int], optional): the rows to ask for. Default: all
             seed (int, optional): of the run. Default: the trial's
             batch_size (int, optional): as in ``RowTask``. Default: ``None``
+            kept (dict, optional): as in ``RowTask``. Default: nothing is kept
         """
         asked = self.task if task is None else task
         # What an engine keeps for a call that is repeated must not answer this one.
-        fresh = replace(asked, kept={}, batch_size=batch_size)
-        chosen = list(range(len(asked.steps))) if steps is None else list(steps)
+        own = {} if kept is None else kept
+        fresh = replace(asked, kept=own, batch_size=batch_size)
+        chosen = asked.written.tolist() if steps is None else list(steps)
         with seeded(self.trial.seed if seed is None else seed):
             return list(self.engine.rows(fresh, chosen))
 
@@ -362,7 +369,7 @@ class EngineTrial:
         found = self.given(**asked)
         task = asked.get("task") or self.task
         steps = asked.get("steps")
-        count = len(task.steps) if steps is None else len(steps)
+        count = len(task.written) if steps is None else len(steps)
         if len(found) != count:
             raise Broken(
                 f"{count} rows, one per position that was asked for",
@@ -563,8 +570,7 @@ def _name(engine: Any) -> str:
 
 
 def _numbers(row: Any) -> Rows:
-    values = row.detach().cpu() if isinstance(row, Tensor) else row
-    return np.asarray(values, dtype=np.float64)
+    return np.asarray(row, dtype=np.float64)
 
 
 def _runs(trial: EngineTrial) -> None:
@@ -682,6 +688,31 @@ def _group_then_solve(trial: EngineTrial) -> None:
     )
 
 
+def _gaps(trial: EngineTrial) -> None:
+    trial.sound()
+    task = trial.trial.gapped if len(trial.task.steps) > 2 else None
+    if task is None:
+        raise NotApplicable("the text is too short")
+    if reason := _refused(trial.engine, replace(trial.trial, task=task)):
+        raise NotApplicable(f"it takes no tokens of no unit: {reason}")
+    steps = task.written.tolist()
+
+    def loop(seed: int) -> Rows:
+        with seeded(seed):
+            return np.stack([loop_row(task, step) for step in steps])
+
+    trial.agree(
+        lambda seed: trial.rows(task=task, seed=seed),
+        loop,
+        "the loop's row of a text of which some tokens are of no unit and one from "
+        "outside",
+        "Leave out tokens whose entry of task.unit_of_token() is -1, and take steps "
+        "for positions among all units after the prompt.",
+        task=task,
+        steps=steps,
+    )
+
+
 def _rows_asked_for(trial: EngineTrial) -> None:
     trial.sound()
     last = len(trial.task.steps) - 1
@@ -702,11 +733,24 @@ def _rows_asked_for(trial: EngineTrial) -> None:
             "of generated units.",
             steps=steps,
         )
+    if trial.is_random:
+        return
+    kept: dict[str, Any] = {}
+    for steps in several:
+        check_same(
+            trial.trial,
+            trial.task,
+            trial.rows(steps=steps, kept=kept),
+            trial.plain[list(steps)],
+            f"for steps={steps}, after other steps of the same task, the same rows",
+            "Keep in task.kept what holds for any steps, or the steps it holds for.",
+            steps=steps,
+        )
 
 
 def _batch_size(trial: EngineTrial) -> None:
     trial.sound()
-    for size in (1,) if trial.is_random else (1, 3):
+    for size in (1,) if trial.is_random else (1, 2, 3):
 
         def in_batches(seed: int, size: int = size) -> Rows:
             return trial.rows(batch_size=size, seed=seed)
@@ -780,6 +824,7 @@ _LAWS: dict[str, Callable[[EngineTrial], None]] = {
     "causality": _causality,
     "equality to the loop": equality_to_the_loop,
     "group then solve": _group_then_solve,
+    "tokens of no unit": _gaps,
     "rows asked for": _rows_asked_for,
     "batch size": _batch_size,
     "determinism": _determinism,

@@ -65,7 +65,8 @@ def check_attribution_method(
     - ``"causality"``: a row is the same whatever stands after its unit.
     - ``"determinism"``: the same seed gives the same rows.
     - ``"random state"``: the method leaves the random states of Torch, NumPy and Python
-      as they were, or draws from them; it never seeds them.
+      as they were, or draws from them; it never seeds them. It leaves Torch's gradient
+      mode and default types as they were.
     - ``"model unchanged"``: parameters, buffers, gradients, ``requires_grad``, modes,
       hooks, config and attention implementation are as they were.
     - ``"objects unchanged"``: so are the Captum object, the base method, the tokenizer

@@ -104,9 +104,30 @@ def _shape(result: GraphAttributionResult) -> None:
     for name, (shape, value) in expected.items():
         if tuple(value.shape) != shape:
             raise Broken(f"shape {shape}", f"{tuple(value.shape)}", _MADE, name)
+    for number, unit in enumerate(result.units):
+        generated = bool(~result.graph.sources[number]) or number >= _first(result)
+        text = result.generated_text if generated else result.source_text
+        if unit.span is not None and text[slice(*unit.span)] != unit.text:
+            raise Broken(
+                f"{unit.text!r} at {unit.span} of the text",
+                f"{text[slice(*unit.span)]!r}",
+                _MADE,
+                f"unit {number}",
+            )
+    texts = [unit.text for unit in result.units]
+    if [*result.input_tokens, *result.output_tokens] != [
+        *(t for t, own in zip(texts, result.graph.sources, strict=True) if own),
+        *(t for t, own in zip(texts, result.graph.sources, strict=True) if not own),
+    ]:
+        raise Broken("texts of the units", "other texts", _MADE, "input_tokens")
     kinds = [unit.generated for unit in result.units]
     if kinds != (~result.graph.sources).tolist():
         raise Broken("units of the graph's kinds", f"generated: {kinds}", _MADE)
+
+
+def _first(result: GraphAttributionResult) -> int:
+    """The first unit after the prompt."""
+    return int((~result.graph.sources).argmax())
 
 
 def _finiteness(result: GraphAttributionResult) -> None:
@@ -375,6 +396,13 @@ def _everything(result: GraphAttributionResult) -> dict[str, Any]:
         "explained": result.explained,
         "seq_attr": result.seq_attr.numpy(),
         "token_attr": result.token_attr.numpy(),
+        "step_attr": result.step_attr.numpy(),
+        "positive_attr": result.positive_attr.numpy(),
+        "negative_attr": result.negative_attr.numpy(),
+        "input_tokens": list(result.input_tokens),
+        "output_tokens": list(result.output_tokens),
+        "leaked": result.leaked,
+        "unresolved": result.unresolved,
         "source_text": result.source_text,
         "generated_text": result.generated_text,
         "output_probs": None if probabilities is None else np.asarray(probabilities),

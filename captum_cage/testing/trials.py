@@ -42,10 +42,11 @@ from captum_cage.testing.watch import (
     object_snapshot,
     random_snapshot,
     seeded,
+    settings_snapshot,
     tokenizer_snapshot,
     watched_tokenizer,
 )
-from captum_cage.units import Unit, Units, split_units
+from captum_cage.units import FIXED, Unit, Units, split_units
 
 __all__ = [
     "CASES",
@@ -115,6 +116,15 @@ class Trial:
     def pairs(self) -> RowTask:
         """The same text in units of two tokens."""
         return grouped(self.task, 2)
+
+    @cached_property
+    def gapped(self) -> RowTask:
+        """The same text; one token of each side is of no unit, one from outside."""
+        ids = list(self.task.prompt.ids)
+        mask = [-1, *range(len(ids) - 1)]
+        inp = TokenIdsInput(ids, self.llm_attr.tokenizer, feature_mask=mask)
+        whole = task_of(self.llm_attr, inp, self.task.generated, self.task.kwargs)
+        return with_gaps(whole)
 
     def begun(self, steps: int) -> RowTask:
         """The same text up to its first generated tokens."""
@@ -272,6 +282,23 @@ def grouped(task: RowTask, size: int) -> RowTask:
     )
 
 
+def with_gaps(task: RowTask) -> RowTask:
+    """A task whose units are tokens, as a chat with a result of a tool has them.
+
+    The second token after the prompt is of no unit; the third stands there from
+    outside.
+
+    Args:
+        task (RowTask): with one unit per token, three of them generated or more.
+    """
+    steps = list(task.steps.units)
+    steps[2] = replace(steps[2], generated=False)
+    del steps[1]
+    groups = np.arange(len(task.steps)) - (np.arange(len(task.steps)) > 0)
+    groups[1] = FIXED
+    return replace(task, steps=Units(tuple(steps), groups))
+
+
 def wrapped(factory: Factory, model: Any, tokenizer: Any) -> LLMAttributionObject:
     """The Captum object of whatever makes a method from a model.
 
@@ -406,8 +433,15 @@ def check_random_state(run: Callable[[], Any], seed: int) -> None:
     for number in (seed, seed + 1):
         with seeded(number):
             before = random_snapshot()
+            settings = settings_snapshot()
             run()
             found.append((before, random_snapshot()))
+            _check_unchanged(
+                settings,
+                settings_snapshot(),
+                "the settings of Torch and NumPy",
+                "Put back what you set, in a finally block or by a with statement.",
+            )
     (one, after_one), (other, after_other) = found
     for name in one:
         if not changes({name: one[name]}, {name: after_one[name]}) and not changes(

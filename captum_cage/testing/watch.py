@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ __all__ = [
     "object_snapshot",
     "random_snapshot",
     "seeded",
+    "settings_snapshot",
     "tokenizer_snapshot",
     "watched_tokenizer",
 ]
@@ -31,6 +33,8 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_CAPTURING = "transformers.utils.output_capturing"
 _MOST_SHOWN = 6
 
 
@@ -58,14 +62,24 @@ def model_snapshot(model: nn.Module) -> Snapshot:
         found[f"class of {place}"] = type(module).__qualname__
         found[f"mode of {place}"] = "training" if module.training else "evaluation"
         for kind in _HOOKS:
-            hooks = vars(module).get(kind) or {}
+            hooks = [
+                hook
+                for hook in (vars(module).get(kind) or {}).values()
+                # Those by which transformers collects attention weights stay.
+                if not getattr(hook, "__module__", "").startswith(_CAPTURING)
+            ]
             found[f"{kind.strip('_').replace('_', ' ')} of {place}"] = len(hooks)
+        for key, value in vars(module).items():
+            if not key.startswith("_") and not callable(value):
+                found[f"{key} of {place}"] = _copied(value)
         replaced = [key for key, value in vars(module).items() if callable(value)]
         found[f"methods replaced in {place}"] = sorted(replaced)
     for name, parameter in model.named_parameters():
         found[f"object of parameter {name}"] = id(parameter)
         found[f"value of parameter {name}"] = parameter.detach().clone()
         found[f"requires_grad of parameter {name}"] = parameter.requires_grad
+        hooks = [getattr(parameter, kind, None) for kind in _PARAMETER_HOOKS]
+        found[f"hooks of parameter {name}"] = sum(len(kind or {}) for kind in hooks)
         gradient = parameter.grad
         found[f"gradient of parameter {name}"] = (
             None if gradient is None else gradient.detach().clone()
@@ -105,7 +119,12 @@ def tokenizer_snapshot(tokenizer: Any) -> Snapshot:
     found = {f"{n} of the tokenizer": getattr(tokenizer, n, None) for n in names}
     found["length of the tokenizer"] = len(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    found["inside of the tokenizer"] = None if backend is None else backend.to_str()
+    if backend is not None:
+        inside = json.loads(backend.to_str())
+        # Each call of the tokenizer sets them anew.
+        for name in ("truncation", "padding"):
+            inside.pop(name, None)
+        found["inside of the tokenizer"] = json.dumps(inside)
     return found
 
 
@@ -128,6 +147,17 @@ def random_snapshot() -> Snapshot:
         "Torch's random state": torch.get_rng_state(),
         "NumPy's random state": repr(np.random.get_state()),  # noqa: NPY002
         "Python's random state": random.getstate(),
+    }
+
+
+def settings_snapshot() -> Snapshot:
+    """What holds for all of Torch and NumPy, and an explanation must leave so."""
+    return {
+        "Torch's gradient mode": torch.is_grad_enabled(),
+        "Torch's default number type": torch.get_default_dtype(),
+        "Torch's default device": str(torch.get_default_device()),
+        "Torch's determinism": torch.are_deterministic_algorithms_enabled(),
+        "NumPy's error handling": np.geterr(),
     }
 
 
@@ -165,7 +195,12 @@ def seeded(seed: int) -> Iterator[None]:
         seed (int): for all three.
     """
     states = np.random.get_state(), random.getstate()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
+    kind = torch.get_default_dtype()
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.set_grad_enabled(torch.is_grad_enabled()),
+        np.errstate(),
+    ):
         try:
             torch.manual_seed(seed)
             np.random.seed(seed)  # noqa: NPY002
@@ -174,10 +209,13 @@ def seeded(seed: int) -> Iterator[None]:
         finally:
             np.random.set_state(states[0])  # noqa: NPY002
             random.setstate(states[1])
+            torch.set_default_dtype(kind)
 
 
 def watched_tokenizer(tokenizer: Any) -> tuple[Any, list[str]]:
     """The same tokenizer, which notes every text that it is asked to tokenise.
+
+    What is asked of its backend directly is not seen.
 
     Args:
         tokenizer: of transformers; it is changed and given back.
@@ -200,6 +238,10 @@ def watched_tokenizer(tokenizer: Any) -> tuple[Any, list[str]]:
         def tokenize(self, text: Any, *args: Any, **kwargs: Any) -> Any:
             _note(texts, text)
             return super().tokenize(text, *args, **kwargs)
+
+        def _encode_plus(self, text: Any, *args: Any, **kwargs: Any) -> Any:
+            _note(texts, text)
+            return super()._encode_plus(text, *args, **kwargs)
 
     Watched.__name__, Watched.__qualname__ = kind.__name__, kind.__qualname__
     tokenizer.__class__ = Watched
