@@ -139,8 +139,8 @@ def check_engine(
       after that.
     - ``"equality to the loop"``: it is the loop's row.
     - ``"group then solve"``: with units of two tokens, too.
-    - ``"tokens of no unit"``: tokens of no unit and units from outside between generated
-      ones, as chats and traces have them, are taken as the loop takes them.
+    - ``"tokens of no unit"``: tokens of no unit, and units from outside between
+      generated ones, as chats and traces have them, are taken as the loop takes them.
     - ``"rows asked for"``: rows of any ascending positions come alone, in this order
       and also after others of the same task.
     - ``"batch size"``: they do not depend on ``task.batch_size``.
