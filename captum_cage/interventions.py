@@ -134,6 +134,7 @@ class PathCheck:
             "removal": self.removal,
             "holds": self.holds,
             "least": self.least,
+            "contrastive": self.contrastive,
             "predicted": self.predicted,
             "measured": self.measured,
             "standard_error": None if math.isnan(error) else error,
