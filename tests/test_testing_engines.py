@@ -177,7 +177,7 @@ BROKEN = {
         by_the_loop(with_all_tokens),
         "entry of task.unit",
     ),
-    "kept rows": ("rows asked for", kept_for_all, "after other steps|rows|row"),
+    "kept rows": ("rows asked for", kept_for_all, r"steps=\[0\], after other steps"),
     "a setting": ("random state", by_the_loop(without_gradients), "gradient mode was"),
     "all rows": ("rows asked for", all_of_them, r"steps=\[3\].*1 rows.*4 rows"),
     "the first rows": ("rows asked for", from_the_first, r"row 3 .*for steps=\[3\]"),

@@ -40,6 +40,8 @@ from captum_cage.testing.trials import (
     Rows,
     Trial,
     allowed_difference,
+    check_finite,
+    check_nothing_later,
     check_random_state,
     check_same,
     made_trial,
@@ -608,26 +610,12 @@ def _shape(trial: EngineTrial) -> None:
 
 
 def _finiteness(trial: EngineTrial) -> None:
-    rows = trial.sound()
-    for row, unit in np.argwhere(~np.isfinite(rows)).tolist():
-        raise Broken(
-            "finite attributions",
-            f"{rows[row, unit]}",
-            "Look for a division by zero, or a number type that is too narrow.",
-            place(trial.task, row, unit),
-        )
+    check_finite(trial.task, trial.sound())
 
 
 def _causality(trial: EngineTrial) -> None:
-    rows = trial.sound()
+    check_nothing_later(trial.task, trial.sound())
     steps, sources = len(trial.task.steps), len(trial.task.sources)
-    for row, unit in np.argwhere(np.triu(rows[:, sources:])).tolist():
-        raise Broken(
-            "0 for a unit at or after the row's own",
-            f"{rows[row, sources + unit]}",
-            "Attribute a unit to what stands before it only.",
-            place(trial.task, row, sources + unit),
-        )
     # Means take many runs: of a random method one length is enough.
     for count in (steps // 2,) if trial.is_random else range(1, steps):
         begun = trial.trial.begun(count)

@@ -31,6 +31,8 @@ from captum_cage.testing.trials import (
     Factory,
     Rows,
     Trial,
+    check_finite,
+    check_nothing_later,
     check_random_state,
     check_same,
     is_gradient,
@@ -241,26 +243,13 @@ def _check_shapes(
 
 
 def _finiteness(trial: Trial) -> None:
-    rows = _rows(trial)
-    for row, unit in np.argwhere(~np.isfinite(rows)).tolist():
-        raise Broken(
-            "finite attributions",
-            f"{rows[row, unit]}",
-            "Look for a division by zero, or a number type that is too narrow.",
-            place(trial.task, row, unit),
-        )
+    check_finite(trial.task, _rows(trial))
 
 
 def _causality(trial: Trial) -> None:
     rows = _rows(trial)
+    check_nothing_later(trial.task, rows)
     steps, sources = len(trial.task.steps), len(trial.task.sources)
-    for row, unit in np.argwhere(np.triu(rows[:, sources:])).tolist():
-        raise Broken(
-            "0 for a unit at or after the row's own",
-            f"{rows[row, sources + unit]}",
-            "Attribute a unit to what stands before it only.",
-            place(trial.task, row, sources + unit),
-        )
     for count in range(1, steps):
         begun = trial.begun(count)
         check_same(

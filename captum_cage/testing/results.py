@@ -105,8 +105,8 @@ def _shape(result: GraphAttributionResult) -> None:
         if tuple(value.shape) != shape:
             raise Broken(f"shape {shape}", f"{tuple(value.shape)}", _MADE, name)
     for number, unit in enumerate(result.units):
-        generated = bool(~result.graph.sources[number]) or number >= _first(result)
-        text = result.generated_text if generated else result.source_text
+        in_prompt = number < int(result.graph.generated_units[0])
+        text = result.source_text if in_prompt else result.generated_text
         if unit.span is not None and text[slice(*unit.span)] != unit.text:
             raise Broken(
                 f"{unit.text!r} at {unit.span} of the text",
@@ -114,20 +114,17 @@ def _shape(result: GraphAttributionResult) -> None:
                 _MADE,
                 f"unit {number}",
             )
-    texts = [unit.text for unit in result.units]
-    if [*result.input_tokens, *result.output_tokens] != [
-        *(t for t, own in zip(texts, result.graph.sources, strict=True) if own),
-        *(t for t, own in zip(texts, result.graph.sources, strict=True) if not own),
-    ]:
-        raise Broken("texts of the units", "other texts", _MADE, "input_tokens")
+    told = {
+        "input_tokens": (result.input_tokens, result.graph.source_units),
+        "output_tokens": (result.output_tokens, result.graph.generated_units),
+    }
+    for name, (texts, places) in told.items():
+        own = [result.units[place].text for place in places]
+        if list(texts) != own:
+            raise Broken(f"texts of the units, {own}", f"{texts}", _MADE, name)
     kinds = [unit.generated for unit in result.units]
     if kinds != (~result.graph.sources).tolist():
         raise Broken("units of the graph's kinds", f"generated: {kinds}", _MADE)
-
-
-def _first(result: GraphAttributionResult) -> int:
-    """The first unit after the prompt."""
-    return int((~result.graph.sources).argmax())
 
 
 def _finiteness(result: GraphAttributionResult) -> None:

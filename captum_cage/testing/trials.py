@@ -53,6 +53,8 @@ __all__ = [
     "Factory",
     "Rows",
     "Trial",
+    "check_finite",
+    "check_nothing_later",
     "check_same",
     "grouped",
     "made_trial",
@@ -396,6 +398,45 @@ def place(task: RowTask, step: int, unit: int | None = None) -> str:
         return row
     units = (*task.sources.units, *task.steps.units)
     return f"{row}, unit {unit} ({units[unit].text!r})"
+
+
+def check_finite(task: RowTask, rows: Rows) -> None:
+    """Refuse rows with NaN or infinite entries.
+
+    Args:
+        task (RowTask): whose rows they are.
+        rows (numpy.ndarray): all of them, shape ``(G, N)``.
+
+    Raises:
+        Broken: with the first such entry.
+    """
+    for row, unit in np.argwhere(~np.isfinite(rows)).tolist():
+        raise Broken(
+            "finite attributions",
+            f"{rows[row, unit]}",
+            "Look for a division by zero, or a number type that is too narrow.",
+            place(task, row, unit),
+        )
+
+
+def check_nothing_later(task: RowTask, rows: Rows) -> None:
+    """Refuse rows with entries for their own unit or a later one.
+
+    Args:
+        task (RowTask): whose rows they are.
+        rows (numpy.ndarray): all of them, shape ``(G, N)``.
+
+    Raises:
+        Broken: with the first such entry.
+    """
+    sources = len(task.sources)
+    for row, unit in np.argwhere(np.triu(rows[:, sources:])).tolist():
+        raise Broken(
+            "0 for a unit at or after the row's own",
+            f"{rows[row, sources + unit]}",
+            "Attribute a unit to what stands before it only.",
+            place(task, row, sources + unit),
+        )
 
 
 # Standard errors by which the means of two random rows may differ. Of a hundred
