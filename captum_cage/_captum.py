@@ -18,6 +18,7 @@ from captum.attr import (
     LLMAttribution,
     LLMGradientAttribution,
     RemoteLLMAttribution,
+    RemoteLLMProvider,
     ShapleyValues,
 )
 from captum.attr._core.lime import default_perturb_func
@@ -35,6 +36,7 @@ __all__ = [
     "Family",
     "LLMAttributionObject",
     "argument",
+    "asking",
     "attribute_scored",
     "attribute_unit",
     "base_method",
@@ -206,6 +208,27 @@ def check_shortest_row(llm_attr: LLMAttributionObject, shortest: int) -> None:
                 "Use smaller source units, or FeatureAblation.",
             )
         )
+
+
+def asking(
+    llm_attr: LLMAttributionObject, provider: RemoteLLMProvider
+) -> LLMAttributionObject | None:
+    """A copy of a remote object that asks another provider; None if it has its own way.
+
+    Args:
+        llm_attr: the wrapped object.
+        provider (RemoteLLMProvider): what the copy asks.
+    """
+    forward = getattr(llm_attr.attr_method, "forward_func", None)
+    owner = getattr(forward, "__self__", None)
+    if not isinstance(owner, RemoteLLMAttribution) or not is_captums_own(owner):
+        return None
+    found = copy.copy(owner)
+    found.provider = provider
+    method: Any = copy.copy(llm_attr.attr_method)
+    method.forward_func = found._remote_forward_func
+    found.attr_method = method
+    return found
 
 
 def attribute_unit(

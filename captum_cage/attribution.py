@@ -432,6 +432,8 @@ class GraphContextAttribution(CaptumAttribution):
     def _meta(self, question: Question, strategy: str) -> dict[str, Any]:
         model = self.llm_attr.model
         name = getattr(getattr(model, "config", None), "name_or_path", "")
+        provider = getattr(self.llm_attr, "provider", None)
+        name = name or getattr(provider, "model_name", None)
         return {
             "method": base_method(self.llm_attr),
             "model": name or type(model).__name__,

@@ -22,8 +22,9 @@ from captum_cage.engines.engine import Engine, Unsuitable
 from captum_cage.engines.registry import engine_names, find_engine
 from captum_cage.frontier import Frontier
 from captum_cage.graph import AttributionGraph, Normalization, RowsBehind
-from captum_cage.rows import check_loop, checked_row, loop_row
+from captum_cage.rows import check_loop, checked_row
 from captum_cage.task import RowTask
+from captum_cage.window import loop_rows
 
 __all__ = ["Approximation", "RowStore", "Strategy", "StrategyName", "fill"]
 
@@ -151,8 +152,9 @@ class Strategy:
                         )
                     )
                 return
-        for step in steps:
-            yield step, checked_row(self.task, step, loop_row(self.task, step))
+        rows = loop_rows(self.task, steps)
+        for step, row in zip(steps, rows, strict=True):
+            yield step, checked_row(self.task, step, row)
 
     def row(self, step: int) -> npt.NDArray[np.float64]:
         """Raw row of one generated unit, shape ``(N,)``.

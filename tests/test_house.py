@@ -24,12 +24,13 @@ LAYERS = (
     {"_checks", "_version"},
     {"_captum", "_model", "_shares", "solve", "text"},
     {"units", "graph", "frontier", "causal", "thinking", "foils"},
-    {"draws", "archive", "explanation"},
+    {"draws", "archive", "answers", "explanation"},
     {"plot", "html", "export", "record"},
     {"spans", "inputs"},
     {"task", "traces"},
-    {"methods"},
+    {"methods", "remote"},
     {"rows", "scoring", "engines", "result"},
+    {"window"},
     {"strategy"},
     {"contrast"},
     {"cost"},
@@ -51,7 +52,10 @@ MODULES = {"scikit-learn": "sklearn"}
 # Extras for who works on the package; the others are for its users.
 OURS = {"dev", "docs"}
 # Modules of users' extras that others import for us.
-FOR_OTHERS = {"accelerate"}  # transformers, to spread a model over devices
+FOR_OTHERS = {
+    "accelerate",  # transformers, to spread a model over devices
+    "openai",  # Captum, to ask a vLLM server
+}
 # Views that a result imports at their first use, for they bring what the package's
 # import must not.
 LAZY = {"captum_cage.plot", "captum_cage.html", "captum_cage.export"}
