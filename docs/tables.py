@@ -18,6 +18,7 @@ from typing import Any, get_args
 
 import captum_cage
 from captum_cage import AttributionGraph
+from captum_cage.batch.table import COLUMNS
 from captum_cage.demo import conversations, planted, problems
 from captum_cage.engines import registry
 from captum_cage.export import _WRITERS, SUFFIXES
@@ -256,6 +257,11 @@ def _suffixes() -> str:
     return _table(("suffix", "what is written", "`load` reads it"), rows)
 
 
+def _scores() -> str:
+    rows = [(f"`{name}`", kind, what) for name, (kind, what) in COLUMNS.items()]
+    return _table(("column", "type", "what it is"), rows)
+
+
 def _extras() -> str:
     text = (ROOT / "setup.cfg").read_text(encoding="utf-8")
     parsed = ConfigParser(comment_prefixes=("#",))
@@ -291,6 +297,7 @@ def tables() -> dict[Path, dict[str, str]]:
     return {
         REFERENCE / "methods.md": methods,
         REFERENCE / "tables.md": declared,
+        REFERENCE / "batch.md": {"scores": _scores()},
         PUBLIC: {"public": _public(), "internal": _internal()},
     }
 

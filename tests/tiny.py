@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from captum.attr import (
+    FeatureAblation,
     ImageMaskInput,
     InterpretableInput,
+    LLMAttribution,
     TextTemplateInput,
     TextTokenInput,
 )
@@ -24,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from captum_cage import ChatTokenInput, TokenIdsInput
+from captum_cage import ChatTokenInput, GraphContextAttribution, TokenIdsInput
 from captum_cage.inputs import Prompt
 from captum_cage.task import RowTask, text_units
 from captum_cage.testing import tiny_causal_lm, tokenizers
@@ -227,3 +229,11 @@ class ForwardOnly(torch.nn.Module):
     def forward(self, input_ids: Any, **_: Any) -> Any:
         """What the model gives for the ids alone."""
         return self.inner(input_ids)
+
+
+def tiny_cage(**options: Any) -> GraphContextAttribution:
+    """Ablation of a small Llama, as a worker of a batch makes it."""
+    tokenizer = tiny_tokenizer("bpe")
+    network = tiny_model("llama", vocab_size=len(tokenizer))
+    llm_attr = LLMAttribution(FeatureAblation(network), tokenizer)
+    return GraphContextAttribution(llm_attr, **options)
