@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -32,6 +33,7 @@ from captum_cage.followup import Followup, Question
 from captum_cage.graph import AttributionGraph, Normalization
 from captum_cage.inputs import Prompt, baseline_id, target_ids
 from captum_cage.methods.catalogue import is_random
+from captum_cage.record import Description, described
 from captum_cage.result import GraphAttributionResult
 from captum_cage.rows import check_task
 from captum_cage.scoring import (
@@ -43,6 +45,7 @@ from captum_cage.scoring import (
     log_probabilities,
 )
 from captum_cage.spans import Explain, explained_units
+from captum_cage.spool import folder_of
 from captum_cage.strategy import (
     Approximation,
     RowStore,
@@ -150,13 +153,14 @@ class GraphContextAttribution(CaptumAttribution):
         sparsify: float | None = None,
         draws: int = 1,
         batch_size: int | None = None,
+        spool: str | os.PathLike[str] | None = None,
         show_progress: bool = False,
         **kwargs: Any,
     ) -> GraphAttributionResult:
         """Explain generated text by its sources.
 
         An interrupted call is not lost: the same call on the same object goes on from
-        the rows that were finished.
+        the rows that were finished; with ``spool``, so does another process.
 
         Args:
             inp (InterpretableInput): the prompt: any input that the wrapped object
@@ -211,6 +215,13 @@ class GraphContextAttribution(CaptumAttribution):
                 scores are. Default: ``1``
             batch_size (int, optional): most sequences that an engine gives the model
                 at once. Default: ``None``, chosen by the memory that is free
+            spool (str or PathLike, optional): a folder that finished rows are written
+                to as they come. They survive a kill of the process, and the same call
+                with the same folder goes on from them; of a random method, rows that
+                were drawn stay, and the others are drawn by the random state of then.
+                Rows of another model, text or setting are refused. It may be deleted
+                when the call has ended. See :class:`captum_cage.spool.RowSpool`.
+                Default: ``None``, in memory
             show_progress (bool, optional): show a progress bar on stderr.
                 Default: ``False``
             **kwargs: for the wrapped object's ``attribute``, such as ``n_steps``.
@@ -222,7 +233,9 @@ class GraphContextAttribution(CaptumAttribution):
         Raises:
             TypeError: if an argument is of the wrong kind or unknown.
             ValueError: if there is nothing to explain or to attribute to, the text does
-                not fit the model, or the base method cannot do what is asked.
+                not fit the model, the base method cannot do what is asked, or the spool
+                holds other rows.
+            OSError: if the spool cannot be written, or another process writes to it.
         """
         one_of("strategy", strategy, STRATEGIES)
         approximation = _approximation(tolerance, hops, sparsify)
@@ -247,14 +260,21 @@ class GraphContextAttribution(CaptumAttribution):
                 draws,
                 units if isinstance(units, str) else "own",
             )
-            return self.answer(task, question)
+            return self.answer(task, question, spool)
 
-    def answer(self, task: RowTask, question: Question) -> GraphAttributionResult:
+    def answer(
+        self,
+        task: RowTask,
+        question: Question,
+        spool: str | os.PathLike[str] | None = None,
+    ) -> GraphAttributionResult:
         """The answer to a question whose units are known, as follow-up questions ask.
 
         Args:
             task (RowTask): the texts and their units.
             question (Question): what is asked about them.
+            spool (str or PathLike, optional): a folder for finished rows.
+                Default: ``None``
 
         Returns:
             GraphAttributionResult: scores, graph and texts.
@@ -263,38 +283,47 @@ class GraphContextAttribution(CaptumAttribution):
             TypeError: if the base method cannot read this input.
             ValueError: if it cannot do what is asked.
         """
-        prompt = task.prompt
         with held(self.llm_attr):
             check_task(task)
             way = Strategy(task, question.strategy, self._told)
             # An engine that perturbs scores the plain text itself.
             if way.by_row and "scores" not in task.kept:
                 task.kept["scores"] = self._scores(task)
-            graph, drawn = self._graph(way, question)
+            about = self._description(task, question, way.name)
+            kept_in = None if spool is None else _Spooling(spool, about)
+            graph, drawn = self._graph(way, question, kept_in)
             scores = way.task.kept.get("scores")
             if scores is None:
                 scores = self._scores(task)
         logs = task.unit_sums(scores)[task.written]
-        trace = prompt.continuation
+        about = replace(about, meta=self._meta(question, way.name))
         return GraphAttributionResult(
             graph,
-            (*task.sources.units, *task.steps.units),
-            question.explained,
-            source_text=prompt.text.text,
-            generated_text=task.generated_text.text,
+            **vars(about),
             output_probs=torch.from_numpy(np.exp(logs)),
-            breaks=prompt.breaks,
+            drawn=drawn,
+            inp=task.prompt.inp,
+            followup=Followup(self, task, question),
+        )
+
+    def _description(
+        self, task: RowTask, question: Question, strategy: str
+    ) -> Description:
+        trace = task.prompt.continuation
+        return Description(
+            units=(*task.sources.units, *task.steps.units),
+            explained=question.explained,
+            source_text=task.prompt.text.text,
+            generated_text=task.generated_text.text,
+            breaks=tuple(task.prompt.breaks),
             generated_breaks=(
                 *(() if trace is None else trace.all_breaks),
                 *task.thinking.breaks,
             ),
             thinking=task.thinking,
             foils=tuple(contrast.foil for contrast in question.contrasts),
-            drawn=drawn,
-            meta=self._meta(question, way.name),
-            inp=prompt.inp,
             hops=question.approximation.hops,
-            followup=Followup(self, task, question),
+            meta=self._meta(question, strategy),
         )
 
     def _scores(self, task: RowTask) -> npt.NDArray[np.float64]:
@@ -359,17 +388,18 @@ class GraphContextAttribution(CaptumAttribution):
         )
 
     def _graph(
-        self, way: Strategy, question: Question
+        self, way: Strategy, question: Question, spool: _Spooling | None
     ) -> tuple[AttributionGraph, DrawnRows | None]:
         """The graph, and the rows of each draw where there are several."""
         if question.draws == 1:
-            return self._drawn(way, question).graph(), None
+            return self._drawn(way, question, spool).graph(), None
         stores = self._draws_of(way.task, question)[: question.draws]
         while len(stores) < question.draws:
             task = replace(way.task, kept={**_scores_of(way.task)})
             fresh = Strategy(task, question.strategy, self._told)
+            part = None if spool is None else spool.of_draw(len(stores))
             try:
-                stores.append(self._drawn(fresh, question))
+                stores.append(self._drawn(fresh, question, part))
             except BaseException:
                 self._finished = stores
                 raise
@@ -393,13 +423,17 @@ class GraphContextAttribution(CaptumAttribution):
             self._unfinished,
         )
 
-    def _drawn(self, way: Strategy, question: Question) -> RowStore:
+    def _drawn(
+        self, way: Strategy, question: Question, spool: _Spooling | None
+    ) -> RowStore:
         """Rows that answer a question; finished ones are kept when interrupted."""
         task = way.task
         store = self._store(task, question)
         if store is self._unfinished:
             # What an engine finished before the interrupt is of use, too.
             task.kept.update(store.task.kept)
+        if spool is not None:
+            store = store.spooled(spool.folder, described(spool.about))
         self._unfinished = None
         weights = np.zeros(len(task.steps))
         weights[task.written[list(question.explained)]] = 1.0
@@ -413,7 +447,7 @@ class GraphContextAttribution(CaptumAttribution):
                     self._start(store, contrast, question)
         except BaseException:
             store.task.kept.update(task.kept)
-            self._unfinished = store
+            self._unfinished = store.in_memory()
             if store.rows:
                 logger.warning(
                     "stopped after %d of %d rows; the same call goes on from there",
@@ -421,13 +455,14 @@ class GraphContextAttribution(CaptumAttribution):
                     len(task.written),
                 )
             raise
+        finally:
+            store.close()
         return store
 
     def _start(self, store: RowStore, contrast: Contrast, question: Question) -> None:
         plain = store.complete_row(contrast.step)
-        store.starts[contrast.step] = contrast_row(
-            store.task, contrast, question.strategy, self._told, plain
-        )
+        row = contrast_row(store.task, contrast, question.strategy, self._told, plain)
+        store.starts[contrast.step] = row, None, 1.0
 
     def _meta(self, question: Question, strategy: str) -> dict[str, Any]:
         model = self.llm_attr.model
@@ -448,6 +483,18 @@ class GraphContextAttribution(CaptumAttribution):
                 "transformers": transformers.__version__,
             },
         }
+
+
+@dataclass(frozen=True)
+class _Spooling:
+    """Where finished rows are kept, and what a result has besides them."""
+
+    folder: str | os.PathLike[str]
+    about: Description
+
+    def of_draw(self, number: int) -> _Spooling:
+        """The same for the rows of one draw of several."""
+        return replace(self, folder=folder_of("spool", self.folder) / f"draw-{number}")
 
 
 def _scores_of(task: RowTask) -> dict[str, Any]:

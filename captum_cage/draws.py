@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_array
+from scipy.sparse import csr_array, issparse
 
 from captum_cage._checks import complaint
 from captum_cage.graph import AttributionGraph, Normalization, RowsBehind
@@ -61,7 +61,12 @@ class DrawnRows:
             else graph.behind.rows.toarray()
             for graph in graphs
         ]
-        rows = np.stack([np.asarray(graph.rows) for graph in graphs])
+        rows = np.stack(
+            [
+                graph.rows.toarray() if issparse(graph.rows) else graph.rows
+                for graph in graphs
+            ]
+        )
         return cls(rows, steps, np.stack(behind), first.sources, first.normalization)
 
     def mean_graph(self) -> AttributionGraph:

@@ -752,9 +752,22 @@ class AttributionGraph:
         """The mass of the weights along all paths; of absolute ones along masses."""
         checked = checked_weights(weights, self.n_generated, self.normalization)
         number = _cut_after(hops)
-        if masses is not None:
-            return masses.followed(np.abs(checked), number)
-        return self._blocks.followed(checked, number)
+        # An explanation asks for scores, leak, certificate and throughput of the same
+        # weights: one solve gives them all.
+        key = checked.tobytes(), number, masses is not None
+        known, flow = self._followed_last.get("flow", (None, None))
+        if flow is None or known != key:
+            blocks, mass = self._blocks, checked
+            if masses is not None:
+                blocks, mass = masses, np.abs(checked)
+            flow = _Flow(*map(_locked, blocks.followed(mass, number)))
+            self._followed_last["flow"] = key, flow
+        return flow
+
+    @cached_property
+    def _followed_last(self) -> dict[str, tuple[Any, _Flow]]:
+        """Under one key the question that was solved last, and its flow."""
+        return {}
 
     def _open_mass(self, flow: _Flow) -> float:
         open_mass = np.abs(flow.through) @ self.left_out_behind
@@ -1122,10 +1135,9 @@ class _Blocks(NamedTuple):
 
     def passed(self, flow: _Flow) -> NDArray[np.float64]:
         """Mass that passes through each generated unit, shape ``(G,)``."""
-        if self.steps.size == 0:
-            return flow.through
         through = flow.through.copy()
-        through[self.steps] += flow.first
+        if self.steps.size:
+            through[self.steps] += flow.first
         return through
 
     def marginals(self, hops: int | None) -> NDArray[np.float64]:

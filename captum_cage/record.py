@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,21 @@ from captum_cage.draws import DrawnRows
 from captum_cage.explanation import Explanation
 from captum_cage.foils import Foil
 from captum_cage.graph import AttributionGraph, RowsBehind
+from captum_cage.spool import RowSpool
 from captum_cage.text import Span
 from captum_cage.thinking import Part, Thinking
 from captum_cage.units import Unit
 
-__all__ = ["FORMAT_VERSION", "arrays_of", "header_of", "read_parts"]
+__all__ = [
+    "FORMAT_VERSION",
+    "Description",
+    "arrays_of",
+    "described",
+    "header_of",
+    "not_a_spool",
+    "read_parts",
+    "spooled_parts",
+]
 
 _FORMAT = "captum_cage.result"
 FORMAT_VERSION = 3
@@ -34,13 +45,36 @@ _CSR = ("data", "indices", "indptr")
 # --- writing -------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Description:
+    """What an explanation has besides its rows; its attributes say what they are."""
+
+    units: tuple[Unit, ...]
+    explained: tuple[int, ...]
+    source_text: str
+    generated_text: str
+    breaks: tuple[int, ...]
+    generated_breaks: tuple[int, ...]
+    thinking: Thinking
+    foils: tuple[Foil, ...]
+    hops: int | None
+    meta: Mapping[str, Any]
+
+
 def header_of(result: Explanation) -> dict[str, Any]:
     """What is no array, as JSON values."""
     return {
         "format": _FORMAT,
         "version": FORMAT_VERSION,
-        "meta": dict(result.meta),
         "normalization": result.graph.normalization,
+        **described(result),
+    }
+
+
+def described(result: Explanation | Description) -> dict[str, Any]:
+    """What an explanation has besides its rows, as JSON values."""
+    return {
+        "meta": dict(result.meta),
         "source_text": result.source_text,
         "generated_text": result.generated_text,
         "breaks": list(result.breaks),
@@ -124,7 +158,8 @@ def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
         )
     try:
-        return _parts(header, _listed_arrays(header) if found is None else found)
+        arrays = _listed_arrays(header) if found is None else found
+        return _parts(header, arrays, _graph(header, arrays))
     except (
         ValueError,
         KeyError,
@@ -136,8 +171,47 @@ def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise not_a_result(path) from error
 
 
-def _parts(header: Mapping[str, Any], arrays: Arrays) -> dict[str, Any]:
-    graph = _graph(header, arrays)
+def spooled_parts(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments that a result is made of, from a spool of rows.
+
+    Args:
+        folder (str or PathLike): where the spool is.
+
+    Raises:
+        TypeError: if ``folder`` is no path.
+        OSError: if it cannot be read.
+        ValueError: if it is no spool, of an unknown version, or damaged.
+    """
+    spool = RowSpool.read(folder)
+    try:
+        header = {"version": FORMAT_VERSION, **spool.header["explanation"]}
+        return _parts(header, {}, spool.graph())
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        ArithmeticError,
+    ) as error:
+        raise not_a_spool(folder) from error
+
+
+def not_a_spool(folder: str | os.PathLike[str]) -> ValueError:
+    """The error for a folder whose rows or header make no result."""
+    return ValueError(
+        complaint(
+            f"{os.fspath(folder)}",
+            "must be a spool of rows",
+            "it is damaged",
+            "Delete it and begin anew.",
+        )
+    )
+
+
+def _parts(
+    header: Mapping[str, Any], arrays: Arrays, graph: AttributionGraph
+) -> dict[str, Any]:
     texts = str(header["source_text"]), str(header["generated_text"])
     probs = arrays.get("output_probs")
     n_steps, remedy = graph.n_generated, "Save it again."

@@ -937,6 +937,52 @@ class GraphAttributionResult(LLMAttributionResult):
         except (TypeError, ValueError, AssertionError) as error:
             raise not_a_result(path) from error
 
+    @classmethod
+    def from_spool(
+        cls, folder: str | os.PathLike[str], explain: Explain | None = None
+    ) -> GraphAttributionResult:
+        """What can be said by the rows that a spool holds by now, without the model.
+
+        Of a call that was killed, that is still running or that has ended. Rows that
+        are not there are left out, and ``unresolved`` says how much of the answer that
+        leaves open: no score is too high, and all together lack at most that much.
+
+        Args:
+            folder (str or PathLike): what was passed to ``attribute`` as ``spool``.
+            explain (optional): another span, in any form that ``attribute`` takes.
+                Default: ``None``, what was asked
+
+        Returns:
+            GraphAttributionResult: without ``inp`` and ``output_probs``.
+
+        Raises:
+            TypeError: if ``folder`` is no path.
+            OSError: if it cannot be read.
+            ValueError: if it is no spool, of an unknown version, or damaged.
+
+        Example:
+            >>> import tempfile
+            >>> from captum.attr import FeatureAblation, LLMAttribution, TextTokenInput
+            >>> from captum_cage import GraphContextAttribution
+            >>> from captum_cage.demo import load_demo
+            >>> model, tokenizer = load_demo()
+            >>> cage = GraphContextAttribution(
+            ...     LLMAttribution(FeatureAblation(model), tokenizer)
+            ... )
+            >>> inp = TextTokenInput("Ana has 3 pens.", tokenizer)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     result = cage.attribute(inp, "3 pens.", spool=folder)
+            ...     again = GraphAttributionResult.from_spool(folder)
+            >>> bool((result.seq_attr == again.seq_attr).all()), again.unresolved
+            (True, 0.0)
+        """
+        parts = record.spooled_parts(folder)
+        try:
+            result = cls(**parts)
+        except (TypeError, ValueError, AssertionError) as error:
+            raise record.not_a_spool(folder) from error
+        return result if explain is None else result.explaining(explain)
+
 
 def _checked_steps(explained: Sequence[int], n_generated: int) -> tuple[int, ...]:
     """Positions of the explained generated units."""

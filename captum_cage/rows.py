@@ -185,8 +185,8 @@ def checked_row(task: RowTask, step: int, row: Any) -> npt.NDArray[np.float64]:
                 "Correct the engine that was registered for it.",
             )
         )
-    units = (*task.sources.units, *task.steps.units)
-    for place in np.flatnonzero(~np.isfinite(found)):
+    for place in np.flatnonzero(~np.isfinite(found))[:1]:
+        units = (*task.sources.units, *task.steps.units)
         raise ValueError(
             complaint(
                 method,
@@ -198,6 +198,7 @@ def checked_row(task: RowTask, step: int, row: Any) -> npt.NDArray[np.float64]:
         )
     for place in np.flatnonzero(found[len(task.sources) + step :])[:1]:
         late = len(task.sources) + step + int(place)
+        units = (*task.sources.units, *task.steps.units)
         raise ValueError(
             complaint(
                 method,

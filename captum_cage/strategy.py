@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -20,9 +20,11 @@ from captum_cage._checks import complaint
 from captum_cage._shares import heaviest, masses
 from captum_cage.engines.engine import Engine, Unsuitable
 from captum_cage.engines.registry import engine_names, find_engine
+from captum_cage.fingerprint import digest, rows_depend_on
 from captum_cage.frontier import Frontier
 from captum_cage.graph import AttributionGraph, Normalization, RowsBehind
 from captum_cage.rows import check_loop, checked_row
+from captum_cage.spool import RowSpool, StoredRow
 from captum_cage.task import RowTask
 from captum_cage.window import loop_rows
 
@@ -33,8 +35,15 @@ logger = logging.getLogger(__name__)
 StrategyName: TypeAlias = Literal["auto", "loop", "fused"]
 """How rows are computed, see :meth:`~captum_cage.GraphContextAttribution.attribute`."""
 
-# Rows that are computed between two looks at which rows still matter.
+# Rows that are computed between two looks at which rows still matter: at least, and at
+# most where many were computed, for each look costs a pass through the model.
 _ROWS_AT_ONCE = 16
+_MOST_AT_ONCE = 64
+# Entries up to which whole rows make an array (256 MiB), and beyond a sparse one: half
+# of them stand above the diagonal.
+_DENSE_ENTRIES = 2**25
+
+Array: TypeAlias = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -177,9 +186,10 @@ class RowStore:
         normalization (str): by which mass rows are cut.
         sparsify (float or None): share of each row's mass that is stored.
         contrasts (tuple): what rows are contrasted with where an explanation starts.
-        starts (dict): by step, the contrastive rows, shape ``(N,)``.
-        rows (dict): by step, the entries that were kept, their units, and the share of
-            the row's mass that they hold.
+        starts (MutableMapping): by step, the contrastive rows, as `rows`, whole.
+        rows (MutableMapping): by step, the entries that were kept, their units, and
+            the share of the row's mass that they hold.
+        spool (RowSpool or None): the folder that both are kept in.
     """
 
     task: RowTask
@@ -187,8 +197,9 @@ class RowStore:
     sparsify: float | None
     contrasts: tuple[Any, ...]
     state: tuple[tuple[int, int], ...]
-    rows: dict[int, tuple[npt.NDArray[np.float64], npt.NDArray[np.int64] | None, float]]
-    starts: dict[int, npt.NDArray[np.float64]] = field(default_factory=dict)
+    rows: MutableMapping[int, StoredRow] = field(default_factory=dict)
+    starts: MutableMapping[int, StoredRow] = field(default_factory=dict)
+    spool: RowSpool | None = None
 
     @classmethod
     def of(
@@ -201,10 +212,55 @@ class RowStore:
     ) -> RowStore:
         """The store of an interrupted call with the very rows of this one, or a new."""
         state = _model_state(task.llm_attr.model)
-        store = cls(task, normalization, sparsify, contrasts, state, {})
+        store = cls(task, normalization, sparsify, contrasts, state)
         if unfinished is not None and unfinished.has_rows_of(store):
             return unfinished
         return store
+
+    def spooled(self, folder: Any, explanation: Mapping[str, Any]) -> RowStore:
+        """The same store with its rows in a folder, and those that are there already.
+
+        Args:
+            folder (str or PathLike): where they are kept.
+            explanation (Mapping): what a saved result has besides its rows.
+
+        Raises:
+            ValueError: if it holds anything else, such as rows of another model.
+            OSError: if it cannot be written.
+        """
+        belongs = rows_depend_on(self.task)
+        belongs["the foil"] = digest(
+            [(one.step, one.start, one.stop, one.ids) for one in self.contrasts]
+        )
+        belongs["the share of a row that is kept"] = str(self.sparsify)
+        if self.sparsify is not None:
+            belongs["the normalization"] = self.normalization
+        header = {
+            "belongs": belongs,
+            "normalization": self.normalization,
+            "prompt_units": len(self.task.sources),
+            "explanation": explanation,
+        }
+        spool = RowSpool.open(folder, header)
+        try:
+            for mine, theirs in ((self.rows, spool.rows), (self.starts, spool.starts)):
+                for step in mine.keys() - theirs.keys():
+                    theirs[step] = mine[step]
+        except BaseException:
+            spool.close()
+            raise
+        return replace(self, rows=spool.rows, starts=spool.starts, spool=spool)
+
+    def in_memory(self) -> RowStore:
+        """The same store without the rows of a folder, which are found there again."""
+        if self.spool is None:
+            return self
+        return replace(self, rows={}, starts={}, spool=None)
+
+    def close(self) -> None:
+        """Let others write to the folder of the rows, which stay readable."""
+        if self.spool is not None:
+            self.spool.close()
 
     def has_rows_of(self, other: RowStore) -> bool:
         """Whether its rows are those that the other is to have."""
@@ -249,21 +305,20 @@ class RowStore:
     def graph(self) -> AttributionGraph:
         """The graph of the rows that are stored."""
         written = self.task.written.tolist()
-        kept = np.zeros(len(written))
-        rows: Any = None
-        if self.sparsify is None:
-            rows = np.zeros((len(written), self.task.width))
-        for row, step in enumerate(written):
-            if step in self.starts:
-                kept[row] = 1.0
-                if rows is not None:
-                    rows[row] = self.starts[step]
-            elif step in self.rows:
-                values, _, kept[row] = self.rows[step]
-                if rows is not None:
-                    rows[row] = values
-        if rows is None:
-            rows = self._sparse(written)
+        rows: Any
+        if self.sparsify is None and len(written) * self.task.width <= _DENSE_ENTRIES:
+            rows, kept = (
+                np.zeros((len(written), self.task.width)),
+                np.zeros(len(written)),
+            )
+            for place, step in enumerate(written):
+                found = self.starts.get(step) or self.rows.get(step)
+                if found is not None:
+                    rows[place], _, kept[place] = found
+        elif self.spool is not None:
+            return self.spool.graph()
+        else:
+            rows, kept = self._sparse(written)
         return AttributionGraph.from_rows(
             rows,
             self.task.is_source,
@@ -286,21 +341,28 @@ class RowStore:
         places = np.searchsorted(self.task.written, steps).astype(np.int64)
         return RowsBehind(places, csr_array(rows), kept)
 
-    def _sparse(self, written: Sequence[int]) -> csr_array:
-        none = (np.zeros(0), np.zeros(0, dtype=np.int64), 0.0)
-        stored = [self.rows.get(step, none) for step in written]
-        for row, step in enumerate(written):
-            if step in self.starts:
-                units = np.flatnonzero(self.starts[step])
-                stored[row] = (self.starts[step][units], units, 1.0)
-        return csr_array(
+    def _sparse(self, written: Sequence[int]) -> tuple[csr_array, Array]:
+        """The rows as a CSR array, and what they kept."""
+        values, units, kept = [], [], np.zeros(len(written))
+        for place, step in enumerate(written):
+            found = self.starts.get(step) or self.rows.get(step)
+            if found is None:
+                found = np.zeros(0), np.zeros(0, dtype=np.int64), 0.0
+            entries, filled, kept[place] = found
+            if filled is None:
+                filled = np.flatnonzero(entries)
+                entries = entries[filled]
+            values.append(entries)
+            units.append(filled)
+        rows = csr_array(
             (
-                np.concatenate([values for values, _, _ in stored]),
-                np.concatenate([units for _, units, _ in stored]),
-                np.cumsum([0, *(len(values) for values, _, _ in stored)]),
+                np.concatenate(values),
+                np.concatenate(units),
+                np.cumsum([0, *map(len, values)]),
             ),
             shape=(len(written), self.task.width),
         )
+        return rows, kept
 
 
 def fill(
@@ -359,7 +421,11 @@ def _fill(
         return
     needed = _Needed(store, weights, approximation)
     at_once = _ROWS_AT_ONCE if strategy.name == "fused" else 1
+    done = 0
     while wanted := needed.steps(at_once):
+        done += len(wanted)
+        if strategy.name == "fused":
+            at_once = max(_ROWS_AT_ONCE, min(_MOST_AT_ONCE, done // 4))
         missing = sorted(step for step in wanted if step not in store.rows)
         if missing:
             for step, row in strategy.rows(missing):
@@ -408,7 +474,7 @@ class _Needed:
             for place in wanted:
                 step = int(self._step[place])
                 if place != self._place[step]:
-                    self._push(place, self._store.starts[step])
+                    self._push(place, self._store.starts[step][0])
                 elif step in self._written:
                     plain.append(step)
                 else:

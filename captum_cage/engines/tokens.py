@@ -28,7 +28,7 @@ def _rows(task: RowTask, steps: Sequence[int]) -> Iterator[npt.NDArray[np.float6
     if kept is None or kept[0] != (first, stop):
         with first_pass(), torch.no_grad():
             found = method.rows(ids, torch.tensor(task.generated[first:stop]))
-        kept = task.kept["tokens"] = ((first, stop), found.double().cpu().numpy())
+        kept = task.kept["tokens"] = ((first, stop), found.detach().cpu())
     table = kept[1]
     units = task.unit_of_token()[:length]
     for step in steps:
@@ -36,7 +36,8 @@ def _rows(task: RowTask, steps: Sequence[int]) -> Iterator[npt.NDArray[np.float6
         width = len(task.sources) + step
         columns = (units >= 0) & (units < width)
         row = np.zeros(task.width)
-        scores = table[start - first : end - first].sum(axis=0)
+        # Widened unit by unit: the whole table would take twice as much once more.
+        scores = table[start - first : end - first].double().numpy().sum(axis=0)
         np.add.at(row, units[columns], scores[columns])
         yield row
 
