@@ -6,7 +6,7 @@
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help venv demo test cover lint format types docs gallery bench-smoke wheel-test clean
+.PHONY: help venv demo test cover laws lint format types docs gallery bench-smoke wheel-test clean
 
 PYTHONS := $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10)
 VENV := .venv
@@ -53,6 +53,11 @@ test: $(STAMP) ## all tests but those of the docs, which are run by `make docs`
 
 cover: $(STAMP) ## all tests, with the lines and branches that none of them ran
 	$(TEST_ENV) $(BIN)/python $(PYTEST) --cov --cov-report=term-missing
+
+# Slow: thousands of examples of each law, and thousands of broken inputs of each kind.
+laws: $(STAMP) ## the laws and the fuzzer, with many times more examples than the tests
+	HYPOTHESIS_PROFILE=deep $(TEST_ENV) $(BIN)/python $(PYTEST) tests/test_laws.py
+	$(TEST_ENV) $(BIN)/python benchmarks/fuzz.py --runs 20000
 
 lint: $(STAMP) ## ruff: rules and format
 	$(BIN)/ruff check

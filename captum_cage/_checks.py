@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 __all__ = [
     "complaint",
     "finite_vector",
+    "legible",
     "one_of",
     "real_array",
     "share_to_keep",
@@ -49,8 +50,22 @@ def shown(value: object) -> str:
         >>> shown(1.5)
         'float 1.5'
     """
-    text = repr(value)
+    text = legible(value)
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+
+
+def legible(value: object) -> str:
+    """The ``repr`` of a value, or that it has none.
+
+    Example:
+        >>> legible([1]), legible(10**5000)
+        ('[1]', '(too large to be shown)')
+    """
+    try:
+        return repr(value)
+    # Lists in lists in lists, and numbers of more digits than Python writes.
+    except (RecursionError, ValueError):
+        return "(too large to be shown)"
 
 
 def one_of(where: str, value: str, allowed: Sequence[str]) -> str:
@@ -69,7 +84,7 @@ def one_of(where: str, value: str, allowed: Sequence[str]) -> str:
             complaint(
                 where,
                 f"must be one of {words}",
-                f"{value!r} came",
+                f"{legible(value)} came",
                 f"Pass one of these, for example {where}={allowed[0]!r}.",
             )
         )

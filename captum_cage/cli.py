@@ -968,7 +968,7 @@ def _messages(name: str) -> list[Any]:
     text = _text("--messages", name if name == "-" else f"@{name.removeprefix('@')}")
     try:
         found = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             complaint(
                 "--messages",

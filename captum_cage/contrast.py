@@ -17,7 +17,7 @@ from torch import Tensor
 from captum_cage._captum import LLMAttributionObject, base_method
 from captum_cage._checks import complaint, shown, whole_number
 from captum_cage.foils import Foil
-from captum_cage.inputs import token_ids
+from captum_cage.inputs import check_unicode, token_ids
 from captum_cage.methods.catalogue import capability_of, is_random
 from captum_cage.rows import check_task
 from captum_cage.scoring import check_sequence
@@ -281,6 +281,7 @@ def _encoded(task: RowTask, start: int, wanted: str) -> list[int]:
     tokenizer = task.llm_attr.tokenizer
 
     def encoded(text: str) -> list[int]:
+        check_unicode("foil", text)
         return token_ids("foil", tokenizer.encode(text, add_special_tokens=False))
 
     found = [encoded(wanted)]

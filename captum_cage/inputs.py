@@ -16,7 +16,7 @@ import torch
 from captum.attr import InterpretableInput, TextTokenInput
 from torch import Tensor
 
-from captum_cage._checks import complaint, shown, whole_number
+from captum_cage._checks import complaint, legible, shown, whole_number
 from captum_cage.text import Span, TokenText, decode, read_tokens, special_ids
 from captum_cage.units import FIXED
 
@@ -47,6 +47,7 @@ ModelInput: TypeAlias = str | Tensor | dict[str, Any]
 _TAG = "<[^<>]*>"  # such as those around thoughts
 # Entries of a processor's output that have one number per token, and what a generated
 # token gets there.
+_IDS = 2**32  # tokenizers count them in so many
 _PER_TOKEN = {"attention_mask": 1, "token_type_ids": 0, "mm_token_type_ids": 0}
 
 
@@ -57,7 +58,7 @@ def token_ids(where: str, ids: Any) -> list[int]:
 
     Raises:
         TypeError: if these are no whole numbers.
-        ValueError: if there is more than one sequence.
+        ValueError: if there is more than one sequence, or an id is out of range.
     """
     values = ids.tolist() if hasattr(ids, "tolist") else ids
     if isinstance(values, str) or not isinstance(values, Iterable):
@@ -91,6 +92,15 @@ def token_ids(where: str, ids: Any) -> list[int]:
                     "Pass a sequence of ints, or a 1-D tensor of them.",
                 )
             )
+        if not 0 <= value < _IDS:
+            raise ValueError(
+                complaint(
+                    where,
+                    f"must be token ids below {_IDS}, 0 or more",
+                    f"{value} came",
+                    "Pass the ids that the tokenizer gave.",
+                )
+            )
     return [int(value) for value in values]
 
 
@@ -103,9 +113,10 @@ def target_ids(target: str | Sequence[int] | Tensor, tokenizer: Any) -> list[int
 
     Raises:
         TypeError: if it is neither text nor ids.
-        ValueError: if it is empty.
+        ValueError: if it is empty, or no valid Unicode.
     """
     if isinstance(target, str):
+        check_unicode("target", target)
         encoded = tokenizer.encode(target, add_special_tokens=False)
         ids = token_ids("target", encoded)
     elif isinstance(target, Sequence | Tensor | np.ndarray):
@@ -329,15 +340,6 @@ def _baseline_ids(baselines: Any, tokens: int, tokenizer: Any) -> Tensor:
         ids = token_ids("baselines", [baselines]) * tokens
     else:
         ids = token_ids("baselines", baselines)
-    if any(i < 0 for i in ids):
-        raise ValueError(
-            complaint(
-                "baselines",
-                "must be ids of tokens, 0 or more",
-                f"{min(ids)} came",
-                "Pass the id, for example tokenizer.eos_token_id.",
-            )
-        )
     if len(ids) != tokens:
         raise ValueError(
             complaint(
@@ -481,7 +483,8 @@ class RenderedChat:
 
         Raises:
             ValueError: if the tokenizer has no chat template or no character offsets,
-                or the template does not show a chosen content.
+                or the template does not take the messages, or does not show a chosen
+                content.
         """
         if getattr(tokenizer, "chat_template", None) is None and (
             template_args.get("chat_template") is None
@@ -509,13 +512,28 @@ class RenderedChat:
                 )
 
         def render(rendered: Sequence[Mapping[str, Any]]) -> str:
-            text: str = tokenizer.apply_chat_template(
-                [dict(message) for message in rendered], tokenize=False, **template_args
-            )
+            listed = [dict(message) for message in rendered]
+            try:
+                text: str = tokenizer.apply_chat_template(
+                    listed, tokenize=False, **template_args
+                )
+            except (ImportError, MemoryError):
+                raise
+            # Whatever a template raises: it is a program, and not ours.
+            except Exception as error:
+                raise ValueError(
+                    complaint(
+                        "messages",
+                        "must be such as the tokenizer's chat template takes",
+                        f"{type(error).__name__} was raised by it: {error}",
+                        "Pass the roles and fields that it knows, in the order that it "
+                        "asks for, or another chat_template=.",
+                    )
+                ) from error
             return text
 
         text = render(messages)
-        _check_unicode(text)
+        check_unicode("messages", text)
         contents = _content_spans(messages, chosen, text, render)
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         offsets = _without_gaps(encoded["offset_mapping"], text)
@@ -534,7 +552,7 @@ def no_content(features: Any) -> ValueError:
         complaint(
             "messages",
             "a chosen message must have visible content",
-            f"features={features!r} chose none with any",
+            f"features={legible(features)} chose none with any",
             "Choose other roles, or features='all'.",
         )
     )
@@ -572,13 +590,22 @@ def checked_messages(messages: Any) -> list[dict[str, Any]]:
     return [dict(message) for message in listed]
 
 
-def _check_unicode(text: str) -> None:
+def check_unicode(where: str, text: str) -> None:
+    """Refuse half a surrogate pair, which no tokenizer reads.
+
+    Args:
+        where (str): the argument, as the user wrote it.
+        text (str): its text.
+
+    Raises:
+        ValueError: if there is one.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
             complaint(
-                "messages",
+                where,
                 "must be valid Unicode",
                 f"half a surrogate pair came, in {text[: error.start + 1][-20:]!r}",
                 "Replace it, as in text.encode(errors='replace').decode().",
@@ -615,7 +642,7 @@ def chosen_messages(
             complaint(
                 where,
                 "must choose a message",
-                f"{features!r} came and the roles are {', '.join(there)}",
+                f"{legible(features)} came and the roles are {', '.join(there)}",
                 "Pass one of these roles, several, 'all', or a function of a message.",
             )
         )
@@ -831,6 +858,7 @@ def _ids(model_input: Any, tokenizer: Any) -> Any:
     """Token ids of a model input, shape ``(1, tokens)``."""
     if isinstance(model_input, str):
         # As Captum itself encodes the text of a template.
+        check_unicode("inp", model_input)
         return tokenizer.encode(model_input)
     if isinstance(model_input, Mapping) and "input_ids" in model_input:
         return model_input["input_ids"]

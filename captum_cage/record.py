@@ -11,14 +11,22 @@ import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array, issparse
 
-from captum_cage._checks import complaint, whole_number
-from captum_cage.archive import Arrays, not_a_result, read
+from captum_cage._checks import complaint, shown, whole_number
+from captum_cage._version import __version__
+from captum_cage.archive import (
+    LIMIT,
+    Arrays,
+    TooLarge,
+    check_size,
+    not_a_result,
+    read,
+)
 from captum_cage.draws import DrawnRows
 from captum_cage.explanation import Explanation
 from captum_cage.foils import Foil
 from captum_cage.graph import AttributionGraph, RowsBehind
 from captum_cage.spool import RowSpool
-from captum_cage.text import Span
+from captum_cage.text import Span, unpaired
 from captum_cage.thinking import Part, Thinking
 from captum_cage.units import Unit
 
@@ -75,8 +83,8 @@ def described(result: Explanation | Description) -> dict[str, Any]:
     """What an explanation has besides its rows, as JSON values."""
     return {
         "meta": dict(result.meta),
-        "source_text": result.source_text,
-        "generated_text": result.generated_text,
+        "source_text": unpaired(result.source_text),
+        "generated_text": unpaired(result.generated_text),
         "breaks": list(result.breaks),
         "generated_breaks": list(result.generated_breaks),
         "explained": list(result.explained),
@@ -88,10 +96,13 @@ def described(result: Explanation | Description) -> dict[str, Any]:
                 for part, spans in result.thinking.spans.items()
             },
         },
-        "foils": [[foil.unit, foil.target, foil.text] for foil in result.foils],
+        "foils": [
+            [foil.unit, unpaired(foil.target), unpaired(foil.text)]
+            for foil in result.foils
+        ],
         "units": [
             {
-                "text": unit.text,
+                "text": unpaired(unit.text),
                 "generated": unit.generated,
                 "span": None if unit.span is None else list(unit.span),
                 "special": unit.special,
@@ -132,34 +143,38 @@ def _csr_arrays(name: str, rows: csr_array) -> Arrays:
 # --- reading -------------------------------------------------------------------------
 
 
-def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:
+def read_parts(
+    path: str | os.PathLike[str], limit: int | None = LIMIT
+) -> dict[str, Any]:
     """The arguments that a result is made of, from a file of any form.
 
     Args:
         path (str or PathLike): the file.
+        limit (int, optional): most bytes of its content, and of the rows that are made
+            of it; None for any number. Default: ``LIMIT``
 
     Raises:
-        TypeError: if ``path`` is no path.
+        TypeError: if ``path`` is no path, or ``limit`` no whole number.
         OSError: if the file cannot be read.
-        ValueError: if it is no saved result, or of an unknown version.
+        ValueError: if it is no saved result, of an unknown version, or larger than the
+            limit.
     """
-    header, found = read(path)
+    header, found = read(path, limit)
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
         raise not_a_result(path)
     version = header.get("version")
-    if version not in _READABLE:
-        readable = " or ".join(map(str, _READABLE))
-        raise ValueError(
-            complaint(
-                f"{os.fspath(path)}",
-                f"must be a result of format version {readable}",
-                f"version {version!r} came",
-                "Load it with the captum_cage that saved it.",
-            )
-        )
+    # By its type, too: True is 1 for Python, and no version of ours.
+    if type(version) is not int or version not in _READABLE:
+        raise ValueError(_other_version(path, header))
     try:
         arrays = _listed_arrays(header) if found is None else found
+        if version == 1 or not arrays["rows_sparse"]:
+            # They are saved by their entries, so a small file may have large rows.
+            count = (arrays["rows_indptr"].size - 1) * arrays["sources"].size
+            check_size(path, count * np.dtype(np.float64).itemsize, limit)
         return _parts(header, arrays, _graph(header, arrays))
+    except TooLarge:
+        raise
     except (
         ValueError,
         KeyError,
@@ -167,6 +182,7 @@ def read_parts(path: str | os.PathLike[str]) -> dict[str, Any]:
         AttributeError,
         IndexError,
         ArithmeticError,
+        RecursionError,
     ) as error:
         raise not_a_result(path) from error
 
@@ -193,6 +209,7 @@ def spooled_parts(folder: str | os.PathLike[str]) -> dict[str, Any]:
         AttributeError,
         IndexError,
         ArithmeticError,
+        RecursionError,
     ) as error:
         raise not_a_spool(folder) from error
 
@@ -206,6 +223,26 @@ def not_a_spool(folder: str | os.PathLike[str]) -> ValueError:
             "it is damaged",
             "Delete it and begin anew.",
         )
+    )
+
+
+def _other_version(path: str | os.PathLike[str], header: Mapping[str, Any]) -> str:
+    """The error for a file that a later package wrote, or none."""
+    version, meta = header.get("version"), header.get("meta")
+    versions = meta.get("versions") if isinstance(meta, dict) else None
+    known = versions.get("captum_cage") if isinstance(versions, dict) else None
+    wrote = f", saved by captum_cage {known:.40}" if isinstance(known, str) else ""
+    remedy = "Load it with the captum_cage that saved it."
+    if type(version) is int and version > FORMAT_VERSION:
+        remedy = (
+            f"It is newer than this captum_cage, {__version__}. Run: "
+            "pip install --upgrade captum-cage"
+        )
+    return complaint(
+        os.fspath(path),
+        f"must be a result of format version {' or '.join(map(str, _READABLE))}",
+        f"version {version if type(version) is int else shown(version)} came{wrote}",
+        remedy,
     )
 
 
@@ -330,6 +367,15 @@ def _numbers(values: Any) -> npt.NDArray[np.float64]:
 def _csr_of(name: str, arrays: Mapping[str, Any]) -> csr_array:
     """A sparse matrix from its arrays; raises where they are none."""
     parts = tuple(arrays[f"{name}_{part}"] for part in _CSR)
+    _, indices, ends = parts
+    # SciPy reads beyond its arrays where the last end is 0 and others are not.
+    if (
+        {indices.dtype.kind, ends.dtype.kind} - set("iu")
+        or ends.ndim != 1
+        or ends[0] != 0
+        or (np.diff(ends.astype(np.int64)) < 0).any()
+    ):
+        raise ValueError("The ends of rows must rise from 0.")
     rows = csr_array(parts, shape=tuple(int(n) for n in arrays[f"{name}_shape"]))
     rows.check_format()
     return rows

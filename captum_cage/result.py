@@ -20,7 +20,7 @@ from torch import Tensor
 
 from captum_cage import record
 from captum_cage._checks import complaint, whole_number
-from captum_cage.archive import not_a_result, replacing, write
+from captum_cage.archive import LIMIT, not_a_result, replacing, write
 from captum_cage.draws import DrawnRows
 from captum_cage.graph import AttributionGraph, Parts
 from captum_cage.solve import Path
@@ -917,24 +917,34 @@ class GraphAttributionResult(LLMAttributionResult):
         write(path, record.header_of(self), record.arrays_of(self))
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> GraphAttributionResult:
+    def load(
+        cls, path: str | os.PathLike[str], *, limit: int | None = LIMIT
+    ) -> GraphAttributionResult:
         """Read a result that was saved, in whichever form.
+
+        Nothing in the file is run. One whose content says that it is larger than the
+        limit is refused before memory is taken for it, however small the file is.
 
         Args:
             path (str or PathLike): the file.
+            limit (int, optional): most bytes of the arrays and texts in it, unpacked,
+                and of the rows that are made of them; None for any number. Default:
+                ``2_147_483_648``, which is 2 GiB
 
         Returns:
             GraphAttributionResult: as it was, but without ``inp``.
 
         Raises:
+            TypeError: if ``path`` is no path, or ``limit`` no whole number.
             OSError: if the file cannot be read.
-            ValueError: if it is no saved result, or of an unknown version.
+            ValueError: if it is no saved result, of an unknown version, or larger than
+                the limit.
         """
-        parts = record.read_parts(path)
+        parts = record.read_parts(path, limit)
         try:
             return cls(**parts)
         # An assertion of Captum's result, where a shape does not fit.
-        except (TypeError, ValueError, AssertionError) as error:
+        except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
             raise not_a_result(path) from error
 
     @classmethod
@@ -999,7 +1009,7 @@ def _checked_steps(explained: Sequence[int], n_generated: int) -> tuple[int, ...
 def _check_meta(meta: dict[str, Any]) -> None:
     try:
         json.dumps(meta, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise TypeError(
             complaint(
                 "meta",

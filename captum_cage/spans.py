@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
 
-from captum_cage._checks import complaint, shown, whole_number
+from captum_cage._checks import complaint, legible, shown, whole_number
 from captum_cage.text import Span
 from captum_cage.thinking import Part, Thinking
 from captum_cage.units import Unit
@@ -62,7 +63,7 @@ def explained_units(
                 complaint(
                     "explain",
                     "a tuple must be (start, stop)",
-                    f"{explain} came",
+                    f"{legible(explain)} came",
                     _FORMS,
                 )
             )
@@ -127,7 +128,7 @@ def _sliced(explain: slice, count: int) -> tuple[int, ...]:
             complaint(
                 "explain",
                 "must mean at least one generated unit",
-                f"{explain} of {count} units came",
+                f"{legible(explain)} of {count} units came",
                 _FORMS,
             )
         )
@@ -159,22 +160,24 @@ def find_span(
             raise TypeError(
                 complaint(where, "must be a pattern for text", f"{what} came", forms)
             )
-        found = [match.span() for match in explain.finditer(text)]
+        matches = [match.span() for match in explain.finditer(text)]
+        found: Iterator[Span] = reversed(matches)
     else:
-        what = f"the text {explain!r}"
-        pattern = re.compile(f"(?={re.escape(explain)})")  # overlapping ones, too
-        starts = [match.start() for match in pattern.finditer(text)]
-        found = [(start, start + len(explain)) for start in starts]
-    visible = [span for span in found if text[slice(*span)].strip()]
-    if not found:
-        reads = text if len(text) <= 80 else f"{text[:80]}..."
+        what = f"the text {_begin(explain)!r}"
+        found = _from_the_end(explain, text)
+    last = next(found, None)
+    if last is None:
         raise ValueError(
             f"{where}: {what} does not occur in the generated text. It reads: "
-            f"{reads!r}. {forms}"
+            f"{_begin(text)!r}. {forms}"
         )
-    shared = (s for s in reversed(visible) if _shared_units(s, units, text))
-    span = next(shared, (visible or found)[-1])
-    if not text[slice(*span)].strip():
+    visible = (s for s in chain([last], found) if text[slice(*s)].strip())
+    first = (
+        None
+        if isinstance(explain, str) and not explain.strip()
+        else next(visible, None)
+    )
+    if first is None:
         raise ValueError(
             complaint(
                 where,
@@ -183,7 +186,24 @@ def find_span(
                 forms,
             )
         )
-    return span
+    placed = [unit for unit in units if unit.span is not None]
+    if not placed:
+        return first
+    shared = (s for s in chain([first], visible) if _shared_units(s, placed, text))
+    return next(shared, first)
+
+
+def _from_the_end(part: str, text: str) -> Iterator[Span]:
+    """Where a text stands in another, the last place first; places may overlap."""
+    start = text.rfind(part)
+    while start >= 0:
+        yield start, start + len(part)
+        start = text.rfind(part, 0, start + len(part) - 1) if start + len(part) else -1
+
+
+def _begin(text: str) -> str:
+    """A text, or the begin of a long one."""
+    return text if len(text) <= 80 else f"{text[:80]}..."
 
 
 def _overlapping(span: Span, units: Sequence[Unit], text: str) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ __all__ = [
     "read_tokens",
     "sentence_spans",
     "special_ids",
+    "unpaired",
     "word_spans",
 ]
 
@@ -29,6 +30,7 @@ Span: TypeAlias = tuple[int, int]
 # A character has at most four UTF-8 bytes, so at most three tokens complete one.
 _COMPLETING = 3
 _REPLACEMENT = "\ufffd"
+_PAIR = re.compile("(?<=[\ud800-\udbff])[\udc00-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -212,6 +214,22 @@ def harmless(text: str, *, one_line: bool = False) -> str:
     )
 
 
+def unpaired(text: str) -> str:
+    r"""A text in which no two surrogates make a pair, of the same length.
+
+    JSON has no form for two halves side by side that are not one character. The second
+    one becomes ``"\ufffd"``.
+
+    Args:
+        text (str): any text.
+
+    Example:
+        >>> ascii(unpaired("\ud83d\ude00")), ascii(unpaired("\ud83d."))
+        ("'\\ud83d\\ufffd'", "'\\ud83d.'")
+    """
+    return text if text.isascii() else _PAIR.sub(_REPLACEMENT, text)
+
+
 def percent(share: float, signed: bool = False, *, digits: int = 0) -> str:
     """A share in percent; with its sign where there are two.
 
@@ -281,6 +299,10 @@ _BULLET = re.compile(
     r"\s*(?:[-*+•‣–—]|\(?(?:\d{1,3}|[ivxIVX]{1,4}|[A-Za-z])[.)])\s+(?=\S)"
 )
 _FINISHED = re.compile(r".*[.!?:;…。！？：；|][\"'”’)\]*_]*\s*$")
+# Of a line with more characters or full stops than this, so many characters are looked
+# at together, and so many of them again.
+_LONG, _MANY, _PIECE, _AGAIN = 50_000, 4000, 20_000, 4000
+_STOP = re.compile("[.!?\u061f\u06d4\u0964\u1362\u3002\uff01\uff0e\uff1f\uff61]")
 _WRAPPED = 50  # characters: a shorter line was not cut by a margin
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Quotes, brackets and Markdown's emphasis
@@ -357,12 +379,32 @@ def _split_prose(text: str, start: int, stop: int, language: str) -> Iterator[Sp
     # Same length, so that ranges stay: sentencex takes no lone surrogates.
     block = _SURROGATE.sub(_REPLACEMENT, text[body:stop])
     first = start
-    for found in sentencex.get_sentence_boundaries(language, block):
-        end = int(found["end_index"])
+    for end in _ends(block, language):
         closing = _CLOSING.match(block, end)
         last = max(first, body + (closing.end() if closing else end))
         yield first, last
         first = last
+
+
+def _ends(block: str, language: str) -> Iterator[int]:
+    """Ends of the sentences of a line.
+
+    sentencex takes the square of their number, and of that of quotes, so that a very
+    long line is looked at piece by piece. What ends a piece may be half a quotation: it
+    is looked at again.
+    """
+    start, size = 0, len(block)
+    if len(block) > _LONG or len(_STOP.findall(block)) > _MANY:
+        size = _PIECE
+    while start < len(block):
+        found = sentencex.get_sentence_boundaries(language, block[start : start + size])
+        ends = [start + int(one["end_index"]) for one in found]
+        if start + size >= len(block):
+            yield from ends
+            return
+        sure = [end for end in ends if end <= start + size - _AGAIN]
+        yield from sure
+        start = sure[-1] if sure else start + size - _AGAIN
 
 
 def _trim(text: str, start: int, stop: int) -> Span | None:

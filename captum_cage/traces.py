@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from captum_cage._checks import complaint, shown
+from captum_cage._checks import complaint, legible, shown
 from captum_cage.inputs import (
     Continuation,
     Features,
@@ -212,7 +212,7 @@ class ChatTraceInput(TraceIdsInput):
                 complaint(
                     "messages",
                     "a trace must have a message that the model did not write",
-                    f"generated={generated!r} chose all of them",
+                    f"generated={legible(generated)} chose all of them",
                     "Pass the system or user message that it began with, too.",
                 )
             )

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from captum_cage._checks import complaint
+from captum_cage._checks import complaint, legible
 from captum_cage.text import (
     Span,
     TokenText,
@@ -182,7 +182,7 @@ def _ranges(found: Iterable[object], where: str) -> list[Span]:
         except (TypeError, ValueError):
             raise TypeError(
                 f"{where}: a range must be a pair (start, stop) of characters, not "
-                f"{item!r}. Pass pairs of integers."
+                f"{legible(item)}. Pass pairs of integers."
             ) from None
         if not 0 <= start < stop:
             raise ValueError(

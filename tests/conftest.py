@@ -26,7 +26,11 @@ settings.register_profile(
     print_blob=True,
     derandomize="CI" in os.environ,
 )
-settings.load_profile("captum_cage")
+# Slow: `make laws`.
+settings.register_profile(
+    "deep", settings.get_profile("captum_cage"), max_examples=2000, derandomize=False
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "captum_cage"))
 
 PROMPT = "Ana has 3 pens. Mia has 4 more pens than Ana."
 TARGET = " Mia has 3 + 4 = 7 pens. The answer is 7."

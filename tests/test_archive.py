@@ -1,10 +1,14 @@
 """Files of arrays: what is written is read, and what is no such file is refused."""
 
+import io
 import json
 import os
 import pickle
 import struct
 import threading
+import tracemalloc
+import warnings
+import zipfile
 
 import numpy as np
 import pytest
@@ -213,3 +217,148 @@ def test_an_interrupt_leaves_the_old_file(tmp_path):
         interrupted()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+# --- files that say that they are larger than they are -------------------------------
+
+
+def npy_header(shape, descr="<f8"):
+    """The begin of a .npy file that promises an array."""
+    text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+def archive_of(entries, packing=zipfile.ZIP_DEFLATED):
+    """A zip of entries by name, the header first."""
+    stream = io.BytesIO()
+    head = np.frombuffer(b"{}", dtype=np.uint8)
+    with (
+        zipfile.ZipFile(stream, "w", packing) as archive,
+        archive.open("header.npy", "w") as file,
+    ):
+        np.lib.format.write_array(file, head)
+    with (
+        warnings.catch_warnings(),
+        zipfile.ZipFile(stream, "a", packing) as archive,
+    ):
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        for name, content in entries:
+            archive.writestr(name, content)
+    return stream.getvalue()
+
+
+def with_field(content, place, value):
+    """A zip whose last entry says something else in the directory."""
+    start = content.rfind(b"PK\x01\x02") + place
+    size = len(value)
+    return content[:start] + value + content[start + size :]
+
+
+HUGE = struct.pack("<I", 2**31 - 2)
+ONE = npy_header("(1,)") + bytes(8)
+BOMBS = {
+    "an array of 2**60 numbers": archive_of([("x.npy", npy_header("(2**60,)"))]),
+    "an array of 2**60 numbers, written out": archive_of(
+        [("x.npy", npy_header(f"({2**60},)"))]
+    ),
+    "an array of 2**45 numbers": archive_of([("x.npy", npy_header(f"({2**45},)"))]),
+    "two sides of 2**32": archive_of([("x.npy", npy_header(f"({2**32}, {2**32})"))]),
+    "sides below zero": archive_of([("x.npy", npy_header("(-1, -1)") + bytes(8))]),
+    "objects": archive_of([("x.npy", npy_header("(1,)", "|O") + pickle.dumps(1))]),
+    "texts": archive_of([("x.npy", npy_header("(1,)", "<U2") + bytes(8))]),
+    "an entry that says more than it can hold": with_field(
+        archive_of([("x.npy", ONE)]), 24, HUGE
+    ),
+    "entries over one another": with_field(
+        with_field(archive_of([("x.npy", ONE)]), 24, HUGE), 20, HUGE
+    ),
+    "another packing": archive_of([("x.npy", ONE)], zipfile.ZIP_BZIP2),
+    "an unknown packing": with_field(archive_of([("x.npy", ONE)]), 10, b"\x63\x00"),
+    "a password": with_field(archive_of([("x.npy", ONE)]), 8, b"\x01\x00"),
+    "a name twice": archive_of([("x.npy", ONE), ("x.npy", ONE)]),
+    "very many entries": archive_of([(f"{n}.npy", ONE) for n in range(100)]),
+    "a header of brackets": archive_of([("x.npy", npy_header("(" * 9000))]),
+    "a place before the begin": with_field(
+        archive_of([("x.npy", ONE)]), 42, b"\xff\xff\xff\xff"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_an_archive_that_promises_what_it_has_not_is_refused(name, tmp_path):
+    """Before memory is taken for it: its sizes are looked at first."""
+    path = tmp_path / "file"
+    path.write_bytes(BOMBS[name])
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"file: must be a result saved by"):
+            read(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["file.npz", "file.safetensors", "file.json"])
+def test_a_file_larger_than_the_limit_is_refused(name, tmp_path):
+    """By what it would take unpacked, and the error says how to allow it."""
+    path, numbers = tmp_path / name, np.zeros(10**6)
+    if name == "file.json":
+        path.write_text(json.dumps({"a": "x" * 10**6}))
+    else:
+        write(path, HEADER, {"numbers": numbers})
+    if name == "file.npz":
+        assert path.stat().st_size < 20_000
+    with pytest.raises(
+        ValueError,
+        match=r"file.* must take at most 999,999 bytes .* it says that it takes \d"
+        r".*pass limit= with more bytes to GraphAttributionResult.load, or None",
+    ):
+        read(path, limit=999_999)
+    for enough in (9 * 10**6, None):
+        header, arrays = read(path, limit=enough)
+        assert header == (HEADER if arrays else {"a": "x" * 10**6})
+
+
+def test_a_bomb_is_refused_before_memory_is_taken(tmp_path):
+    """A hundred kilobytes that would be more than the limit of 2 GiB."""
+    path = tmp_path / "bomb.npz"
+    with (
+        zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("header.npy", "w", force_zip64=True) as file,
+    ):
+        file.write(npy_header(f"({3 * 2**23},)", "|u1"))
+        zeros = bytes(2**20)
+        for _ in range(24):
+            file.write(zeros)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="at most 16,777,216 bytes of memory"):
+            read(path, limit=2**24)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["../../out", "/out", "a/b", "C:\\out", "header/../x"])
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_names_in_a_file_are_no_places(name, suffix, tmp_path):
+    """Whatever they are: nothing is written or read there."""
+    inside = tmp_path / "a" / "b"
+    inside.mkdir(parents=True)
+    path = inside / f"file{suffix}"
+    if suffix == ".npz":
+        path.write_bytes(archive_of([(f"{name}.npy", ONE)]))
+    else:
+        write(path, {}, {name: np.zeros(1)})
+    before = sorted(tmp_path.rglob("*"))
+    assert read(path)[1].keys() == {name}
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("limit", "error"), [(1.5, TypeError), (-1, ValueError)])
+def test_a_limit_is_a_number_of_bytes(limit, error, tmp_path):
+    """Or None."""
+    with pytest.raises(
+        error, match=r"limit: must be .*Pass a number of bytes, or None"
+    ):
+        read(tmp_path / "file", limit=limit)

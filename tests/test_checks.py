@@ -30,6 +30,19 @@ def test_what_came_is_shown_with_its_type_and_cut_short(value, expected):
     assert shown(value) == expected
 
 
+def test_what_cannot_be_written_is_named_by_its_type():
+    """An error of its own would hide which argument was wrong."""
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value, kind in ((deep, "list"), (10**5000, "int")):
+        assert shown(value) == f"{kind} (too large to be shown)"
+        with pytest.raises(
+            ValueError, match=r"'a', but \(too large to be shown\) came"
+        ):
+            one_of("mode", value, ("a",))
+
+
 def test_a_word_must_be_one_of_the_allowed():
     """The error lists them."""
     assert one_of("mode", "a", ("a", "b")) == "a"

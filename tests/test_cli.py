@@ -762,6 +762,7 @@ class TestQuestions:
         ("content", "more", "told"),
         [
             ("[", [], "--messages: must be JSON"),
+            ("[" * 100_000, [], "--messages: must be JSON"),
             ("3", [], "--messages: must be a JSON list of messages, but int came"),
             ("[]", ["--chat"], "--messages: is a conversation already"),
             ("[]", ["--prompt", "x"], "--prompt: must be given, or --messages"),

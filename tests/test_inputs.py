@@ -302,6 +302,8 @@ class TestTokenIdsInput:
         [
             ({"ids": []}, ValueError, "ids: the prompt must have a token"),
             ({"ids": "ab"}, TypeError, "ids: must be a sequence of token ids"),
+            ({"ids": [5, -1]}, ValueError, "ids: must be token ids .* but -1 came"),
+            ({"ids": [2**32]}, ValueError, "ids: must be token ids below 4294967296"),
             (
                 {"feature_mask": [0]},
                 ValueError,
@@ -725,6 +727,23 @@ class TestChatTokenInput:
             ChatTokenInput(
                 [said("system", "x"), said("user", "so it is")], with_template(template)
             )
+
+    @pytest.mark.parametrize(
+        ("template", "told"),
+        [
+            ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+            ("{{ nothing.here }}", "UndefinedError"),
+            ("{% for m in messages %}", "TemplateSyntaxError"),
+            ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ],
+    )
+    def test_a_template_that_fails_is_told_as_an_error_of_the_messages(
+        self, template, told
+    ):
+        """It is a program of others, which may raise anything."""
+        messages = [{"role": "user", "content": "a"}]
+        with pytest.raises(ValueError, match=rf"messages: must be such as .*{told}"):
+            ChatTokenInput(messages, tiny_tokenizer(), chat_template=template)
 
     def test_a_template_that_counts_characters_is_refused(self):
         """The place that was found by marking the content is then another one."""

@@ -670,6 +670,19 @@ class TestLoaders:
         assert len(found) == 3
         assert found[0].prompt == record["question"]
 
+    @pytest.mark.parametrize("name", ["test.json", "test.jsonl"])
+    @pytest.mark.parametrize(
+        "content", [b"[" * 100_000, b"\xff\xfe", b"{", b"9" * 5000]
+    )
+    def test_what_is_no_json_is_refused_by_the_name_of_its_file(
+        self, name, content, tmp_path
+    ):
+        """Lists in lists in lists and other encodings, too."""
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}: must hold JSON.*Download it"):
+            list(gsm8k(path))
+
     def test_only_some_may_be_read(self, tmp_path):
         """The first ones."""
         path = written(tmp_path / "test.jsonl", GSM8K)

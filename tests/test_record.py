@@ -1,6 +1,8 @@
 """What files of results hold, and which are refused."""
 
+import contextlib
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -118,7 +120,7 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path):
             GraphAttributionResult.load(tmp_path / "file")
 
 
-@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, "1", None])
+@pytest.mark.parametrize("version", [0, FORMAT_VERSION + 1, "1", None, True, 1.0, []])
 def test_other_versions_are_told(version, tmp_path):
     """With what to do."""
     header = {**header_of(made()), "version": version}
@@ -126,3 +128,81 @@ def test_other_versions_are_told(version, tmp_path):
     assert read(tmp_path / "file")[0] == header
     with pytest.raises(ValueError, match=r"of format version 1 or 2 or 3, but version"):
         read_parts(tmp_path / "file")
+
+
+def test_a_newer_version_names_who_wrote_it_and_says_to_upgrade(tmp_path):
+    """The package that read it is too old."""
+    header = {**header_of(made()), "version": FORMAT_VERSION + 1}
+    header["meta"] = {"versions": {"captum_cage": "9.1"}}
+    write(tmp_path / "file", header, arrays_of(made()))
+    told = (
+        rf"version {FORMAT_VERSION + 1} came, saved by captum_cage 9\.1\. It is newer "
+        r"than this captum_cage, .* Run: pip install --upgrade captum-cage"
+    )
+    with pytest.raises(ValueError, match=told):
+        read_parts(tmp_path / "file")
+
+
+def test_dense_rows_count_as_what_they_will_take(tmp_path):
+    """They are saved by their entries: few of them may be very large rows."""
+    count, path = 3000, tmp_path / "file.npz"
+    sources = np.arange(count) < 1
+    sparse = csr_array((count - 1, count))
+    arrays = arrays_of(made()) | {"sources": sources, "kept": np.ones(count - 1)}
+    arrays |= {"rows_sparse": np.array(False), "rows_shape": np.array(sparse.shape)}
+    for part in ("data", "indices", "indptr"):
+        arrays[f"rows_{part}"] = getattr(sparse, part)
+    write(path, header_of(made()), arrays)
+    assert path.stat().st_size < 20_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"takes 71,976,000\. If you trust it"):
+            GraphAttributionResult.load(path, limit=2**26)
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "ends", [[0, 10**6, 0], [0, 2, 1], [0, -1, 2], [0, 1, 99], [1, 1, 2], [0.0, 1, 2]]
+)
+def test_ends_of_rows_that_scipy_would_follow_out_of_memory_are_refused(ends, tmp_path):
+    """It checks them only if the last one is not 0."""
+    arrays = arrays_of(made()) | {"rows_indptr": np.array(ends)}
+    write(tmp_path / "file", header_of(made()), arrays)
+    with pytest.raises(ValueError, match="must be a result saved by"):
+        GraphAttributionResult.load(tmp_path / "file")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_two_halves_of_a_pair_stay_two_characters(suffix, tmp_path):
+    """JSON would make one of them, and the ranges of all units after it be wrong."""
+    units = [Unit("\ud83d", False, (0, 1)), Unit("\ude00", False, (1, 2))]
+    units.append(Unit("a", True, (0, 1)))
+    result = GraphAttributionResult(
+        AttributionGraph.from_rows([[1, 1, 0]], 2),
+        units,
+        [0],
+        source_text="\ud83d\ude00",
+        generated_text="a",
+    )
+    result.save(tmp_path / f"file{suffix}")
+    loaded = GraphAttributionResult.load(tmp_path / f"file{suffix}")
+    assert loaded.source_text == "\ud83d\ufffd"
+    assert [unit.span for unit in loaded.units] == [(0, 1), (1, 2), (0, 1)]
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_what_nests_too_deep_is_refused(suffix, tmp_path):
+    """In what is read as it is, too."""
+    deep, path = 1, tmp_path / f"file{suffix}"
+    for _ in range(950):
+        deep = [deep]
+    header = json.dumps({**header_of(made()), "meta": "M"})
+    if suffix == ".json":
+        header = json.dumps({**made().to_dict(), "meta": "M"})
+        path.write_text(header.replace('"M"', json.dumps({"deep": deep})))
+    else:
+        write(path, {**header_of(made()), "meta": {"deep": deep}}, arrays_of(made()))
+    with contextlib.suppress(ValueError):
+        GraphAttributionResult.load(path)

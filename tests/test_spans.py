@@ -148,6 +148,16 @@ class TestTexts:
         assert find_span("aa", "aaa") == (1, 3)
         assert find_span(re.compile("aa"), "aaa") == (0, 2)
 
+    def test_a_very_long_question_takes_no_longer_than_a_search(self):
+        """It is no pattern that must be compiled."""
+        text = "<|im_start|>" * 300_000
+        start, stop = find_span(text, text)
+        assert (start, stop) == (0, len(text))
+        with pytest.raises(
+            ValueError, match=r"the text '(<\|im_start\|>){6}.*\.\.\.' does"
+        ):
+            find_span(text, "a")
+
     @given(st.data())
     def test_every_part_of_a_text_is_found(self, data):
         """Against a search from the end, and a look at every character."""

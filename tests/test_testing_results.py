@@ -47,6 +47,17 @@ def test_results_of_any_graph_keep_the_laws(graph):
     check_result(result_of(graph, range(0, graph.n_generated, 2)), laws=laws)
 
 
+def test_a_piece_of_a_character_may_be_a_unit():
+    """It is labelled by the character and its number; other texts are told."""
+    units = [Unit("a", False, (0, 1)), Unit("é[1/2]", True, (0, 1))]
+    graph, texts = AttributionGraph.from_rows([[1, 0]], 1), {"source_text": "a"}
+    texts["generated_text"] = "é"
+    check_result(GraphAttributionResult(graph, units, [0], **texts))
+    units[1] = Unit("é[1/2", True, (0, 1))
+    with pytest.raises(LawsBroken, match=r"'é\[1/2' at \(0, 1\) of the text"):
+        check_result(GraphAttributionResult(graph, units, [0], **texts))
+
+
 VARIANTS = {
     "plain": lambda: result_of(random_graph(seed=1), [1, 4]),
     "leaks": lambda: result_of(random_graph(leak=0.5, seed=2)),

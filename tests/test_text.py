@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import sentencex
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -341,6 +342,18 @@ class TestSentences:
         covered = {i for span in spans for i in range(*span)}
         assert visible(text) <= covered
         assert all(piece == piece.strip() != "" for piece in pieces(text, spans))
+
+    def test_a_line_of_very_many_sentences_is_cut_as_a_whole(self):
+        """In time that grows with its length, though it is read piece by piece."""
+        spoken = ['"Hello there. I am," he said.', "(See p. 3. It is.)", *CORPUS]
+        line = " ".join(spoken[place * place % len(spoken)] for place in range(2200))
+        found = sentencex.get_sentence_boundaries("en", line)
+        starts = [int(one["start_index"]) for one in found]
+        spans = sentence_spans(line)
+        assert len(spans) > 3000
+        assert [start for start, _ in spans] == [
+            start + len(line[start:]) - len(line[start:].lstrip()) for start in starts
+        ]
 
     @given(st.lists(st.sampled_from(CORPUS), min_size=1, max_size=3), TEXTS)
     def test_sentences_do_not_drift(self, lines, other):

@@ -579,12 +579,13 @@ def _records(
 
 
 def _json_records(path: Path) -> Iterator[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         whole = json.loads(text) if path.suffix == ".json" else None
         if whole is None:
             whole = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except json.JSONDecodeError as error:
+    # Of the text or its encoding, or of lists in lists in lists.
+    except (ValueError, RecursionError) as error:
         raise ValueError(
             complaint(
                 os.fspath(path),
