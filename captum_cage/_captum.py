@@ -49,6 +49,7 @@ __all__ = [
     "integration_points",
     "is_captums_own",
     "lime_samples",
+    "sent_to",
 ]
 
 Family: TypeAlias = Literal["perturbation", "gradient", "remote"]
@@ -102,6 +103,29 @@ def is_captums_own(llm_attr: LLMAttributionObject) -> bool:
     """Whether the object is Captum's, not of a subclass that may compute otherwise."""
     own = (LLMAttribution, LLMGradientAttribution, RemoteLLMAttribution)
     return type(llm_attr) in own
+
+
+def sent_to(
+    llm_attr: LLMAttributionObject, device: torch.device
+) -> LLMAttributionObject:
+    """The same object, which sends what its model reads to a device.
+
+    Args:
+        llm_attr: the wrapped object, which is left as it is.
+        device (torch.device): where the model takes its ids.
+    """
+    moved: Any = copy.copy(llm_attr)
+    moved.device = device
+    moved.attr_method = copy.copy(llm_attr.attr_method)
+    forward = moved.attr_method.forward_func
+    # Captum's forward functions ask the object that they were made for.
+    if getattr(forward, "__self__", None) is llm_attr:
+        moved.attr_method.forward_func = forward.__func__.__get__(moved)
+    elif getattr(forward, "attr", None) is llm_attr:
+        moved.attr_method.forward_func = copy.copy(forward)
+        moved.attr_method.forward_func.attr = moved
+    found: LLMAttributionObject = moved
+    return found
 
 
 def base_method(llm_attr: LLMAttributionObject) -> str:

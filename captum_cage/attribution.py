@@ -24,8 +24,10 @@ from captum_cage._captum import (
     base_method,
     check_attribution_object,
     check_kwargs,
+    sent_to,
 )
 from captum_cage._checks import complaint, one_of, shown, whole_number
+from captum_cage._placement import entry_device
 from captum_cage._version import __version__
 from captum_cage.contrast import Contrast, Foils, contrast_row, contrasts
 from captum_cage.draws import DrawnRows
@@ -130,7 +132,7 @@ class GraphContextAttribution(CaptumAttribution):
                 )
             )
         super().__init__(llm_attr.forward_func)
-        self.llm_attr = copy.copy(llm_attr)
+        self.llm_attr = _placed(llm_attr)
         self.normalization: Normalization = normalization
         self.generated_baseline = generated_baseline
         self._unfinished: RowStore | None = None
@@ -556,6 +558,20 @@ def _approximation(tolerance: Any, hops: int | None, sparsify: Any) -> Approxima
 
 def _is_share(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _placed(llm_attr: LLMAttributionObject) -> LLMAttributionObject:
+    """A copy of an object, which sends ids to where its model takes them.
+
+    Captum sends them to where the model says that it is, which is nowhere if its first
+    weights are kept elsewhere. A device that the user has set stays.
+    """
+    model: Any = llm_attr.model
+    given = torch.device(llm_attr.device)
+    said = getattr(model, "device", None)
+    guessed = given.type == "meta" or (said is not None and given == torch.device(said))
+    device = entry_device(model) if guessed else given
+    return copy.copy(llm_attr) if device == given else sent_to(llm_attr, device)
 
 
 def _check_draws(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from captum_cage._model import text_config
+from captum_cage._placement import entry_device, is_dispatched
 
 __all__ = ["CausalModel", "Prefix", "close_enough"]
 
@@ -76,13 +77,12 @@ class CausalModel:
     Args:
         model: the model.
         device (torch.device or str, optional): where its inputs go. Default: where the
-            model says that it is
+            model takes them
     """
 
     def __init__(self, model: Any, device: torch.device | str | None = None) -> None:
         self.model: Any = model
-        where: Any = getattr(model, "device", "cpu") if device is None else device
-        self.device = torch.device(where)
+        self.device = entry_device(model) if device is None else torch.device(device)
         weights = self.model.parameters() if isinstance(self.model, nn.Module) else ()
         self.dtype: torch.dtype = next(
             (p.dtype for p in weights if p.is_floating_point()), torch.float32
@@ -119,10 +119,11 @@ class CausalModel:
         """
         # On the host, as with several devices the states may lie on any of them.
         keep = keep.cpu()
-        arguments, kept = self._arguments(inputs, keep, cache)
+        arguments, kept, first = self._arguments(inputs, keep, cache)
+        chosen = keep - first
         call = self.model.forward if direct else self.model
         if self._head is None:
-            return _chosen(_three(call(**arguments).logits), keep, kept)
+            return _chosen(_three(call(**arguments).logits), chosen, kept)
         caught: list[Tensor] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -138,7 +139,7 @@ class CausalModel:
             states = caught[0]
             if self._head_checked or self._is_whole_head(states, logits):
                 self._head_checked = True
-                return _chosen(states, keep, kept)
+                return _chosen(states, chosen, kept)
         # Engines make their first pass without a cache, which such a pass would fill.
         self._head = None
         return self.states(inputs, keep, direct=direct)
@@ -155,8 +156,8 @@ class CausalModel:
 
     def _arguments(
         self, inputs: Mapping[str, Any], keep: Tensor, cache: Any
-    ) -> tuple[dict[str, Any], int]:
-        """Arguments of the model's forward, and how many positions get logits."""
+    ) -> tuple[dict[str, Any], int, int]:
+        """Arguments of the model's forward; how many get logits, which is the first."""
         length = inputs["input_ids"].shape[1]
         arguments = dict(inputs)
         if self._needs_mask and "attention_mask" not in arguments:
@@ -168,9 +169,14 @@ class CausalModel:
         if cache is not None:
             arguments["past_key_values"] = cache
         if "logits_to_keep" not in self._accepted:
-            return arguments, length
-        arguments["logits_to_keep"] = keep
-        return arguments, len(keep)
+            return arguments, length, 0
+        if not is_dispatched(self.model):
+            arguments["logits_to_keep"] = keep
+            return arguments, len(keep), 0
+        # accelerate would move positions to where the model begins, not where it ends.
+        first = int(keep[0])
+        arguments["logits_to_keep"] = length - first
+        return arguments, length - first, first
 
     def assume(self, splits: bool) -> None:
         """Take it as known whether the output layer alone makes the logits."""
@@ -186,7 +192,8 @@ class CausalModel:
             own = self._head(states[:, -1:].detach())
             if own.shape != logits.shape:
                 return False
-            difference = (own.double() - logits.detach().double()).abs().max()
+            there = logits.detach().to(own.device)
+            difference = (own.double() - there.double()).abs().max()
             return bool(difference <= 1e-6 * own.double().abs().max())
 
     def log_probabilities(self, states: Tensor, targets: Tensor) -> Tensor:
@@ -282,7 +289,7 @@ class CausalModel:
             p = expected.double().log_softmax(dim=1)[own.to(expected.device)]
             q = self._logits(part).double().log_softmax(dim=1)
             terms = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)
-            found[chosen] = terms.sum(dim=1)
+            found[chosen] = terms.sum(dim=1).to(found.device)
         return found
 
     def logits(self, states: Tensor, targets: Tensor) -> Tensor:
@@ -292,12 +299,11 @@ class CausalModel:
             states (Tensor): shape ``(n, width)``.
             targets (Tensor): token ids, shape ``(n,)``.
         """
-        found = [
-            self._logits(part).gather(
-                1, targets[start : start + len(part), None].to(part.device)
-            )[:, 0]
-            for start, part in self._pieces(states)
-        ]
+        found = []
+        for start, part in self._pieces(states):
+            logits = self._logits(part)
+            wanted = targets[start : start + len(part), None].to(logits.device)
+            found.append(logits.gather(1, wanted)[:, 0])
         return torch.cat(found) if found else states.new_zeros(0)
 
     def probabilities(self, states: Tensor) -> Tensor:

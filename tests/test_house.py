@@ -22,7 +22,7 @@ PACKAGE = ROOT / "captum_cage"
 # A module imports only from the layers above its own. A folder is one entry.
 LAYERS = (
     {"_checks", "_version"},
-    {"_captum", "_model", "_shares", "solve", "text"},
+    {"_captum", "_model", "_placement", "_shares", "solve", "text"},
     {"units", "graph", "frontier", "causal", "thinking", "foils"},
     {"draws", "archive", "answers", "explanation", "streamed"},
     {"spool"},

@@ -19,6 +19,7 @@ from captum_cage._checks import complaint, one_of, whole_number
 from captum_cage.batch.directory import Directory, Failure, Manifest, Place
 from captum_cage.batch.examples import Examples, Given, given, total
 from captum_cage.batch.local import Pool, Processes, Task, ThisProcess
+from captum_cage.batch.on_ray import RayCluster
 from captum_cage.batch.table import parquet, score_columns, write_part, write_table
 from captum_cage.batch.worker import Cage, Job, Outcome, failure_of, versions
 from captum_cage.result import GraphAttributionResult
@@ -34,7 +35,10 @@ def _local(job: Job, workers: int) -> Pool:
     return ThisProcess(job) if workers == 1 else Processes(job, workers)
 
 
-BACKENDS: dict[str, Callable[[Job, int], Pool]] = {"local": _local}
+BACKENDS: dict[str, Callable[[Job, int], Pool]] = {
+    "local": _local,
+    "ray": RayCluster(),
+}
 """What makes the workers, by name."""
 
 
@@ -131,7 +135,8 @@ def run(
         examples: a path that ends in ``.jsonl``, ``.ndjson`` or ``.parquet``, or an
             iterable of mappings or of :class:`Example`, or a data set of ``datasets``.
         out (str or PathLike): the directory of the results.
-        backend (str or Callable, optional): where the workers are. Default: ``"local"``
+        backend (str or RayCluster, optional): where the workers are: ``"local"`` or
+                ``"ray"``, or a :class:`RayCluster`, which says more. Default: ``"local"``
         workers (int, optional): how many, each with a model of its own; 1 is this
             process itself. Default: ``1``
         strict (bool, optional): stop at the first example without a result.

@@ -544,14 +544,15 @@ def _replaced(layer: nn.Module, output: Tensor) -> Iterator[None]:
 @contextmanager
 def _without_parameters(model: nn.Module) -> Iterator[None]:
     """No parameter takes part in gradients."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
+    # By name, as weights that are kept elsewhere are other objects after each pass.
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    for name in trained:
+        model.get_parameter(name).requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+        for name in trained:
+            model.get_parameter(name).requires_grad_(True)
 
 
 def _unsuitable(task: RowTask) -> str | None:

@@ -89,7 +89,8 @@ def mean_attention(model: Any, ids: Tensor, targets: Tensor, method: str) -> Ten
         if not sums:
             sums.append(weights.new_zeros((n - first, n)))
         mean = weights.mean(dim=0)
-        sums[0][start - first : start - first + len(mean), : mean.shape[1]] += mean
+        rows = sums[0][start - first : start - first + len(mean), : mean.shape[1]]
+        rows += mean.to(rows.device)
 
     visit_attention(model, ids, first, visit, method)
     return sums[0] / len(attention_layers(model, ids, method))
@@ -155,13 +156,12 @@ class AttentionRollout(TokenMethod):
     def rows(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Rollout to what predicts each target, shape ``(T, n)``."""
         n = len(ids)
-        total = torch.eye(n, device=self.model.device)
-        layer = torch.zeros((n, n), device=self.model.device)
+        total, layer = torch.eye(n), torch.zeros((n, n))
 
         def visit(_: int, start: int, weights: Tensor) -> None:
             nonlocal total, layer
-            if total.dtype != weights.dtype:
-                total, layer = total.to(weights), layer.to(weights)
+            # A model may be spread over devices: what is summed follows.
+            total, layer = total.to(weights), layer.to(weights)
             mean = weights.mean(dim=0)
             layer[start : start + len(mean), : mean.shape[1]] = mean
             if start + len(mean) == n:
@@ -211,7 +211,7 @@ class ValueWeightedAttention(TokenMethod):
             if not sums:
                 sums.append(block.after.new_zeros((n - first, n)))
             rows = sums[0][block.start - first : block.stop - first]
-            rows[:, : block.stop] += _norms(block)
+            rows[:, : block.stop] += _norms(block).to(rows.device)
 
         visit_blocks(self.model, ids, first, visit, type(self).__name__)
         return sums[0] / layers

@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from captum_cage._checks import complaint
 from captum_cage._model import text_config
+from captum_cage._placement import own_weights
 from captum_cage.causal import CausalModel
 from captum_cage.inputs import token_features
 from captum_cage.methods.attention import (
@@ -143,7 +144,7 @@ class AttnLRP(LayerGradientXActivation):
             ids (Tensor): what the model reads, shape ``(n,)``.
             target (int): id of the token that follows.
         """
-        ledger = _Ledger(CausalModel(self.model).dtype, self.model.device)
+        ledger = _Ledger(CausalModel(self.model).dtype)
         ids = torch.as_tensor(ids).reshape(-1)
         relevance, logit = self._relevance(ids, torch.tensor(target), ledger)
         tokens = float(relevance.double().sum())
@@ -210,11 +211,16 @@ class AttnLRP(LayerGradientXActivation):
 class _Ledger:
     """What constants take of the relevance: factors of one, and their gradients."""
 
-    def __init__(self, dtype: torch.dtype, device: Any) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
         kinds = ("weights", "scores", "biases", "positions")
-        one = {"dtype": dtype, "device": device, "requires_grad": True}
-        self.factors = {kind: torch.ones((), **one) for kind in kinds}
+        self.factors = {
+            kind: torch.ones((), dtype=dtype, requires_grad=True) for kind in kinds
+        }
         self._absorbed: dict[str, float] = {}
+
+    def factor(self, kind: str, where: Tensor) -> Tensor:
+        """A factor of one, on the device of what it multiplies."""
+        return self.factors[kind].to(where.device)
 
     def take(self, gradients: tuple[Tensor, ...]) -> None:
         for kind, gradient in zip(self.factors, gradients, strict=True):
@@ -245,7 +251,7 @@ def _hooks(module: nn.Module, ledger: _Ledger | None) -> Iterator[Any]:
         if isinstance(getattr(module, "wpe", None), nn.Embedding):
             wpe: Any = module.wpe
             yield wpe.register_forward_hook(
-                lambda _, __, output: output * ledger.factors["positions"]
+                lambda _, __, output: output * ledger.factor("positions", output)
             )
 
 
@@ -283,15 +289,19 @@ def _layer_norm(ledger: _Ledger | None) -> Callable[..., Tensor]:
         with torch.no_grad():
             variance = centred.square().mean(dim=-1, keepdim=True)
             scale = (variance + module.eps).rsqrt()
-            if module.weight is not None:
-                scale = scale * module.weight
+            with own_weights(module):
+                weight, bias = (
+                    None if one is None else one.detach().to(x.device)
+                    for one in (module.weight, module.bias)
+                )
+            if weight is not None:
+                scale = scale * weight
         found = centred * scale
-        if module.bias is not None:
-            bias = module.bias.detach()
+        if bias is not None:
             found = found + (
-                bias if ledger is None else bias * ledger.factors["biases"]
+                bias if ledger is None else bias * ledger.factor("biases", bias)
             )
-        return found.to(output.dtype)
+        return found.to(output)
 
     return hook
 
@@ -306,8 +316,9 @@ def _activation(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tenso
 
 def _bias(ledger: _Ledger) -> Callable[..., Tensor]:
     def hook(module: Any, _: Any, output: Tensor) -> Tensor:
-        bias: Tensor = module.bias.detach()
-        return output + (ledger.factors["biases"] - 1) * bias
+        with own_weights(module):
+            bias: Tensor = module.bias.detach().to(output.device)
+        return output + (ledger.factor("biases", bias) - 1) * bias
 
     return hook
 
@@ -325,11 +336,11 @@ def _attended(inputs: AttentionInputs, ledger: _Ledger | None) -> Tensor:
     if inputs.softcap is not None:
         scores = _capped(scores, inputs.softcap)
     if ledger is not None:
-        scores = scores * ledger.factors["scores"]
+        scores = scores * ledger.factor("scores", scores)
     scores = scores.masked_fill(~allowed, float("-inf"))
     weights = torch.softmax(_wide(scores), dim=-1).to(value.dtype)
     if ledger is not None:
-        weights = weights * ledger.factors["weights"]
+        weights = weights * ledger.factor("weights", weights)
     return weights @ value
 
 

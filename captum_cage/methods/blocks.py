@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cage._checks import complaint
+from captum_cage._placement import own_weights
 from captum_cage.causal import CausalModel
 from captum_cage.methods.attention import (
     AttentionInputs,
@@ -82,7 +83,8 @@ class _Layer:
 
     def output(self) -> Tensor:
         """The output projection of each head, ``(heads, size, width)``."""
-        weight: Tensor = self.projection.weight.detach()
+        with own_weights(self.projection):
+            weight: Tensor = self.projection.weight.detach()
         if isinstance(self.projection, nn.Linear):
             weight = weight.T
         return weight.reshape(self._heads, -1, weight.shape[1])
@@ -207,7 +209,8 @@ def _taken_apart(
         if scale is not None and gain is not None:
             mixing = mixing * gain
             weights = weights * scale.T[..., None]
-        before = stream[0, start:stop]
+        # Taken before the layer moves what it is given to its own device.
+        before = stream[0, start:stop].to(added.device)
         visit(
             Block(
                 layer=number,

@@ -114,6 +114,8 @@ class IFR(TokenMethod):
             shares, _ = route_shares(block, self.proximity)
             if total is None:
                 total = shares.new_zeros((n - first, n))
+            # Of a model that is spread over devices, layers are on several of them.
+            shares = shares.to(total.device)
             if self.aggregation == "sum":
                 total[block.start - first : block.stop - first, : block.stop] += shares
                 return

@@ -140,14 +140,16 @@ class UnitMethod(FeatureAblation):
             Tensor: shape ``(T, features)``, float64.
         """
 
-    def _attributed(self, additional_forward_args: Any, **options: Any) -> Tensor:
+    def _attributed(
+        self, inputs: Tensor, additional_forward_args: Any, **options: Any
+    ) -> Tensor:
         """What ``LLMAttribution`` expects: the sum over targets, then each target."""
         inp: InterpretableInput = additional_forward_args[0]
         targets = torch.as_tensor(additional_forward_args[1]).cpu()
         ids, feature_of_token = token_features(inp)
         found = self.effects(ids, feature_of_token, targets, **options)
-        # Captum adds it to a tensor on the model's device.
-        found = found.to(getattr(self.model, "device", "cpu"))
+        # Captum adds it to a tensor on the device of the inputs.
+        found = found.to(inputs.device)
         return torch.cat([found.sum(dim=0, keepdim=True), found])
 
     def attribute(self, inputs: Tensor, additional_forward_args: Any = None) -> Tensor:
@@ -161,5 +163,4 @@ class UnitMethod(FeatureAblation):
             Tensor: shape ``(1 + targets, features)``: the sum over the targets, then
             each target.
         """
-        del inputs
-        return self._attributed(additional_forward_args)
+        return self._attributed(inputs, additional_forward_args)

@@ -14,7 +14,6 @@ from captum.attr import InterpretableInput
 from torch import Tensor
 
 from captum_cage._checks import complaint, whole_number
-from captum_cage.causal import CausalModel
 from captum_cage.inputs import Prompt, TokenIdsInput, target_ids
 from captum_cage.methods.attention_maps import visit_attention
 from captum_cage.methods.method import check_causal_model
@@ -179,19 +178,17 @@ def _between(
     model: Any, ids: Tensor, groups: npt.NDArray[np.int64], count: int
 ) -> npt.NDArray[np.float64]:
     """Mean attention from unit to unit, ``(layers, heads, count, count)``."""
-    device = CausalModel(model).device
     membership = torch.zeros((len(ids), count), dtype=torch.float64)
     inside = torch.from_numpy(np.flatnonzero(groups >= 0))
     membership[inside, torch.from_numpy(groups)[inside]] = 1.0
     sizes = membership.sum(dim=0)
-    membership = membership.to(device, torch.float32)
+    membership = membership.to(torch.float32)
     sums: dict[int, Tensor] = {}
 
     def visit(layer: int, start: int, weights: Tensor) -> None:
         stop = start + weights.shape[1]
-        kind = weights.dtype
-        seen = weights @ membership[:stop].to(kind)
-        found = membership[start:stop].T.to(kind) @ seen
+        here = membership.to(weights)
+        found = here[start:stop].T @ (weights @ here[:stop])
         sums[layer] = sums.get(layer, 0) + found.double()
 
     visit_attention(model, ids, 0, visit, "receiver_heads")

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from captum_cage._checks import complaint, shown, whole_number
 from captum_cage._model import text_config
+from captum_cage._placement import entry_device
 from captum_cage.inputs import Prompt, target_ids, token_ids
 from captum_cage.task import generated_units
 from captum_cage.text import decode, special_ids
@@ -489,7 +490,7 @@ class CounterfactualResampling:
     ) -> list[list[int]]:
         """One batch of continuations, with the seed of its place."""
         digest = hashlib.sha256(repr((self.seed, *where)).encode()).digest()
-        device = torch.device(getattr(self.model, "device", "cpu"))
+        device = entry_device(self.model)
         inputs = torch.tensor([ids], device=device)
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):

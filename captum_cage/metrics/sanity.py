@@ -121,9 +121,21 @@ def randomized(
         seed (int, optional): of the shuffling. Default: ``0``
         parameters (Sequence[nn.Parameter], optional): which ones. Default: all
 
+    Raises:
+        ValueError: if some of the weights are offloaded.
+
     Source: Adebayo et al. (2018), :cite:p:`adebayo2018sanity`.
     """
     chosen = list(model.parameters()) if parameters is None else list(parameters)
+    if any(one.is_meta for one in chosen):
+        raise ValueError(
+            complaint(
+                "model",
+                "its weights must be in memory to be shuffled",
+                "some are kept elsewhere and come for each pass alone",
+                "Load it without offloading, or a smaller model of its kind.",
+            )
+        )
     chosen = [one for one in chosen if one.is_floating_point()]
     before = [one.detach().to("cpu", copy=True) for one in chosen]
     generator = torch.Generator().manual_seed(seed)
@@ -156,7 +168,8 @@ def parameter_randomization(
 
     Raises:
         TypeError: if the model is remote.
-        ValueError: if the result was loaded, or has fewer than two sources.
+        ValueError: if the result was loaded, or has fewer than two sources, or some of
+            the model's weights are offloaded.
 
     Source: Adebayo et al. (2018), Sanity checks for saliency maps,
     :cite:p:`adebayo2018sanity`.
