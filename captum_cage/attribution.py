@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from inspect import signature
+from itertools import cycle, islice
 from numbers import Real
 from typing import Any
 
@@ -20,6 +23,7 @@ from torch import Tensor
 
 from captum_cage._captum import (
     CAPTUM_VERSION,
+    DEFAULT_GEN_ARGS,
     LLMAttributionObject,
     base_method,
     check_attribution_object,
@@ -31,6 +35,7 @@ from captum_cage._placement import entry_device
 from captum_cage._version import __version__
 from captum_cage.contrast import Contrast, Foils, contrast_row, contrasts
 from captum_cage.draws import DrawnRows
+from captum_cage.estimate import Estimate, Estimator
 from captum_cage.followup import Followup, Question
 from captum_cage.graph import AttributionGraph, Normalization
 from captum_cage.inputs import Prompt, baseline_id, target_ids
@@ -45,6 +50,7 @@ from captum_cage.scoring import (
     generate_ids,
     held,
     log_probabilities,
+    most_new_tokens,
 )
 from captum_cage.spans import Explain, explained_units
 from captum_cage.spool import folder_of
@@ -56,6 +62,7 @@ from captum_cage.strategy import (
     fill,
 )
 from captum_cage.task import RowTask, text_units
+from captum_cage.text import special_ids
 from captum_cage.thinking import Think
 from captum_cage.units import Granularity, split_units
 
@@ -239,30 +246,147 @@ class GraphContextAttribution(CaptumAttribution):
                 holds other rows.
             OSError: if the spool cannot be written, or another process writes to it.
         """
-        one_of("strategy", strategy, STRATEGIES)
-        approximation = _approximation(tolerance, hops, sparsify)
-        _check_batch_size(batch_size)
-        _check_draws(self.llm_attr, inp, draws, approximation)
-        check_kwargs(self.llm_attr, kwargs)
-        sides = split_units(units)
-        prompt = Prompt.read(inp, self.llm_attr.tokenizer)
-        check_sequence(self.llm_attr, prompt.ids, [])
+        asked = _Asked(
+            explain, units, foil, think, strategy, tolerance, hops, sparsify, draws
+        )
+        prompt = self._checked_prompt(inp, asked, batch_size, kwargs)
         with held(self.llm_attr):
             generated = self._target_ids(prompt, target, gen_args)
-            check_sequence(self.llm_attr, prompt.ids, generated)
-            task = self._task(prompt, generated, sides, think, kwargs)
+            task, question = self._question(prompt, generated, asked, kwargs)
             task = replace(task, batch_size=batch_size, show_progress=show_progress)
-            check_baseline(self.llm_attr, task.baseline)
-            asked = () if foil is None else contrasts(task, foil)
-            question = Question(
-                _explained(task, explain, asked),
-                asked,
-                strategy,
-                approximation,
-                draws,
-                units if isinstance(units, str) else "own",
-            )
             return self.answer(task, question, spool)
+
+    def estimate(
+        self,
+        inp: InterpretableInput,
+        target: str | Sequence[int] | Tensor | None = None,
+        *,
+        calibration: int = 6,
+        **options: Any,
+    ) -> Estimate:
+        """What the same call of :meth:`attribute` would cost, before it is made.
+
+        An engine is rehearsed: it goes through the very task, but of its passes through
+        the model only a few are made and timed, one of each size; the others are
+        counted. Of the loop and of engines of your own a few rows are begun. Nothing
+        is changed by it: the model, random numbers and what an interrupted call left
+        are as before.
+
+        Where ``target`` is None the text is not generated. A text of ``max_new_tokens``
+        tokens with units like the prompt's stands for it, so what comes out is an upper
+        bound; ``explain`` is not looked up in it.
+
+        Args:
+            inp (InterpretableInput): the prompt, as in :meth:`attribute`.
+            target (str or Sequence[int] or Tensor, optional): the generated text.
+                Default: ``None``
+            calibration (int, optional): most passes of one kind, forward or backward,
+                that are made and timed. Default: ``6``
+            **options: all others that :meth:`attribute` takes, with its defaults.
+
+        Returns:
+            Estimate: rows, passes, tokens, seconds and bytes.
+
+        Raises:
+            TypeError: if an argument is of the wrong kind or unknown.
+            ValueError: if ``attribute`` would refuse the call, or ``foil`` names a text
+                where there is no target.
+
+        Example:
+            >>> from captum.attr import FeatureAblation, LLMAttribution
+            >>> from captum_cage import GraphContextAttribution, TokenIdsInput
+            >>> from captum_cage.demo import load_demo
+            >>> model, tokenizer = load_demo()
+            >>> cage = GraphContextAttribution(
+            ...     LLMAttribution(FeatureAblation(model), tokenizer)
+            ... )
+            >>> ids = tokenizer("Ana has 3 pens. How many are they?").input_ids
+            >>> estimate = cage.estimate(
+            ...     TokenIdsInput(ids, tokenizer), " Ana has 3 pens.", units="word"
+            ... )
+            >>> estimate.rows, estimate.strategy
+            (4, 'fused')
+        """
+        whole_number(
+            "calibration",
+            calibration,
+            minimum=1,
+            remedy="Pass how many passes to time at most.",
+        )
+        start = time.perf_counter()
+        given = _options(options)
+        kwargs, batch_size = given["kwargs"], given["batch_size"]
+        asked = _Asked(**{one.name: given[one.name] for one in fields(_Asked)})
+        prompt = self._checked_prompt(inp, asked, batch_size, kwargs)
+        gen_args = given["gen_args"]
+        count = 0
+        with held(self.llm_attr):
+            if target is None and not _is_whole(prompt):
+                asked = _without_text(asked)
+                count = most_new_tokens(self.llm_attr, prompt, gen_args)
+                generated = _placeholder(prompt, count, self.llm_attr.tokenizer)
+            else:
+                generated = self._target_ids(prompt, target, gen_args)
+            task, question = self._question(prompt, generated, asked, kwargs)
+            task = replace(task, batch_size=batch_size)
+            check_task(task)
+
+            def generate(tokens: int) -> list[int]:
+                arguments = dict(DEFAULT_GEN_ARGS if gen_args is None else gen_args)
+                arguments |= {"max_new_tokens": tokens}
+                return generate_ids(self.llm_attr, prompt, arguments)
+
+            took = time.perf_counter() - start
+            estimator = Estimator(task, asked.strategy, self._told, calibration)
+            return estimator.estimate(
+                question.explained,
+                question.contrasts,
+                question.approximation,
+                question.draws,
+                generate,
+                count,
+                took,
+            )
+
+    def _checked_prompt(
+        self,
+        inp: InterpretableInput,
+        asked: _Asked,
+        batch_size: int | None,
+        kwargs: Mapping[str, Any],
+    ) -> Prompt:
+        """The prompt, once all is checked that does not depend on the text."""
+        one_of("strategy", asked.strategy, STRATEGIES)
+        approximation = asked.approximation
+        _check_batch_size(batch_size)
+        _check_draws(self.llm_attr, inp, asked.draws, approximation)
+        check_kwargs(self.llm_attr, kwargs)
+        split_units(asked.units)
+        prompt = Prompt.read(inp, self.llm_attr.tokenizer)
+        check_sequence(self.llm_attr, prompt.ids, [])
+        return prompt
+
+    def _question(
+        self,
+        prompt: Prompt,
+        generated: list[int],
+        asked: _Asked,
+        kwargs: Mapping[str, Any],
+    ) -> tuple[RowTask, Question]:
+        """What is asked, about a text that is known."""
+        check_sequence(self.llm_attr, prompt.ids, generated)
+        sides = split_units(asked.units)
+        task = self._task(prompt, generated, sides, asked.think, kwargs)
+        check_baseline(self.llm_attr, task.baseline)
+        foiled = () if asked.foil is None else contrasts(task, asked.foil)
+        return task, Question(
+            _explained(task, asked.explain, foiled),
+            foiled,
+            asked.strategy,
+            asked.approximation,
+            asked.draws,
+            asked.units if isinstance(asked.units, str) else "own",
+        )
 
     def answer(
         self,
@@ -346,7 +470,7 @@ class GraphContextAttribution(CaptumAttribution):
         """Ids of all that follows the prompt."""
         trace = prompt.continuation
         before = [] if trace is None else list(trace.ids)
-        is_whole = trace is not None and trace.ends_generated
+        is_whole = _is_whole(prompt)
         if target is None and not is_whole:
             return [*before, *generate_ids(self.llm_attr, prompt, gen_args)]
         if gen_args is not None:
@@ -497,6 +621,64 @@ class _Spooling:
     def of_draw(self, number: int) -> _Spooling:
         """The same for the rows of one draw of several."""
         return replace(self, folder=folder_of("spool", self.folder) / f"draw-{number}")
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a call asks, before the text is known."""
+
+    explain: Explain
+    units: Granularity
+    foil: Foils | None
+    think: Think
+    strategy: StrategyName
+    tolerance: float
+    hops: int | None
+    sparsify: float | None
+    draws: int
+
+    @property
+    def approximation(self) -> Approximation:
+        """What may be left out, checked."""
+        return _approximation(self.tolerance, self.hops, self.sparsify)
+
+
+def _options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of ``attribute`` with its defaults; others under ``"kwargs"``."""
+    call = signature(GraphContextAttribution.attribute).bind(None, None, **options)
+    call.apply_defaults()
+    return call.arguments
+
+
+def _is_whole(prompt: Prompt) -> bool:
+    """Whether the text to explain is part of the input already."""
+    trace = prompt.continuation
+    return trace is not None and trace.ends_generated
+
+
+def _without_text(asked: _Asked) -> _Asked:
+    """The question about a text that is not known; its places are left out."""
+    foil = asked.foil
+    if foil is not None and not all(isinstance(place, int) for place in foil):
+        raise ValueError(
+            complaint(
+                "foil",
+                "must name places by their numbers where the text is not known yet",
+                f"{shown(list(foil))} came",
+                "Pass the text as target to estimate what it costs.",
+            )
+        )
+    is_place = isinstance(asked.explain, int | slice | tuple)
+    return asked if is_place else replace(asked, explain=None)
+
+
+def _placeholder(prompt: Prompt, count: int, tokenizer: Any) -> list[int]:
+    """Ids in the place of those that are not generated yet, like the prompt's."""
+    trace = prompt.continuation
+    before = [] if trace is None else list(trace.ids)
+    special = special_ids(tokenizer)
+    like = [i for i in prompt.ids if i >= 0 and i not in special] or [0]
+    return [*before, *islice(cycle(like), count)]
 
 
 def _scores_of(task: RowTask) -> dict[str, Any]:

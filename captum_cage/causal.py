@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -339,6 +340,18 @@ class CausalModel:
                 (slope,) = torch.autograd.grad(scores.sum(), leaf)
             slopes[start : start + len(part)] = slope
         return slopes
+
+    @contextmanager
+    def backward(self, sequences: int, tokens: int, before: int) -> Iterator[bool]:
+        """Whether to make a backward pass through the states that were asked for last.
+
+        Args:
+            sequences (int): sequences in the batch.
+            tokens (int): tokens of each, of the last piece.
+            before (int): tokens of each before it.
+        """
+        del sequences, tokens, before
+        yield True
 
 
 def _budget(device: torch.device) -> int:

@@ -12,59 +12,107 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
-from functools import partial
-from inspect import signature
 from pathlib import Path
-from textwrap import shorten
 from typing import Annotated, Any, TextIO
 
-import torch
 import transformers
 import typer
 from captum.attr import FeatureAblation, LLMAttribution
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
 
-from captum_cage._captum import DEFAULT_GEN_ARGS
 from captum_cage._checks import complaint
 from captum_cage._version import __version__
-from captum_cage.archive import replacing, writable
+from captum_cage.archive import replacing
 from captum_cage.attribution import GraphContextAttribution
+from captum_cage.cli_batch import BATCH_EPILOG, BATCH_HELP, batch
+from captum_cage.cli_models import (
+    chosen_method,
+    conversation_input,
+    counting_arguments,
+    counting_option,
+    device_name,
+    generation_arguments,
+    load_masked_lm,
+    load_model,
+    token_input,
+)
+from captum_cage.cli_options import (
+    OUTPUT_PANEL,
+    PROGRAM,
+    BaselineOption,
+    BatchSizeOption,
+    Device,
+    DeviceOption,
+    DrawsOption,
+    DryRunOption,
+    Dtype,
+    DtypeOption,
+    ExplainOption,
+    ExportOption,
+    HtmlOption,
+    JsonOption,
+    MaskedLmOption,
+    MaxNewTokensOption,
+    MethodOption,
+    ModelOption,
+    NoProgressOption,
+    Normalization,
+    NormalizationOption,
+    PartOption,
+    PathsOption,
+    QuietOption,
+    Removal,
+    SamplesOption,
+    SaveOption,
+    SeedOption,
+    StepsOption,
+    Strategy,
+    StrategyOption,
+    ToleranceOption,
+    TopOption,
+    TrustRemoteCodeOption,
+    Units,
+    UnitsOption,
+    WidthOption,
+    asked_span,
+    check_writable,
+    progress_is_welcome,
+    read_text,
+    say,
+    stdout_console,
+    text_or_pattern,
+    write_json,
+)
 from captum_cage.demo import load_demo, sample_problems
 from captum_cage.demo.problems import KINDS
 from captum_cage.engines.registry import engine_names
-from captum_cage.export import SUFFIXES, checked_suffix
+from captum_cage.estimate import Estimate
+from captum_cage.export import checked_suffix
 from captum_cage.foils import Alternative
-from captum_cage.inputs import ChatTokenInput, TokenIdsInput
+from captum_cage.inputs import TokenIdsInput
 from captum_cage.interventions import PathCheck
 from captum_cage.methods.capability import Capability
 from captum_cage.methods.catalogue import (
     accepted_inputs,
     capabilities,
     llm_attribution,
-    method_named,
     missing_extra,
     needs_argument,
 )
 from captum_cage.metrics import Evaluation, MaskedRefill
 from captum_cage.result import GraphAttributionResult
-from captum_cage.spans import Explain
 from captum_cage.terminal import TerminalView
-from captum_cage.text import Span, harmless, special_ids
-from captum_cage.thinking import Part
-from captum_cage.traces import ChatTraceInput
+from captum_cage.text import Span, harmless
 
 __all__ = ["app", "main"]
 
-PROGRAM = "captum-cage"
 _LISTED = 8  # alternatives
-DEMO = "demo"  # the name of the model in the package
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 
@@ -84,14 +132,14 @@ class _Commands(TyperGroup):
                 warnings.showwarning = _show_warning
                 return super().invoke(ctx)
         except KeyboardInterrupt:
-            _say("interrupted")
+            say("interrupted")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             raise
         except (ImportError, OSError, TypeError, ValueError) as error:
             if ctx.params.get("traceback") or not _is_users(error):
                 raise
-            _say(f"error: {_reason(error)}")
+            say(f"error: {_reason(error)}")
             raise typer.Exit(USER_ERROR) from None
 
 
@@ -117,13 +165,7 @@ def _show_warning(
     line: str | None = None,
 ) -> None:
     del category, filename, lineno, file, line
-    _say(f"warning: {message}")
-
-
-def _say(text: str) -> None:
-    """One line on stderr."""
-    line = harmless(" ".join(str(text).split()), one_line=True)
-    print(f"{PROGRAM}: {line}", file=sys.stderr, flush=True)
+    say(f"warning: {message}")
 
 
 app = typer.Typer(
@@ -139,8 +181,8 @@ app = typer.Typer(
         "captum-cage demo\n\n"
         "captum-cage explain --model demo --prompt @problem.txt --explain answer\n\n"
         "captum-cage show result.npz --explain -1\n\n"
-        "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, "
-        "130 interrupted."
+        "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, 3 done but "
+        "for some examples of a batch, 130 interrupted."
     ),
 )
 
@@ -183,164 +225,12 @@ def _program(
 
 # --- options -------------------------------------------------------------------------
 
-_OUTPUT = "Output"
-_MODEL = "Model"
-_METHOD = "Method"
-
-
-class _Units(str, Enum):
-    token = "token"
-    word = "word"
-    sentence = "sentence"
-    message = "message"
-
-
-class _Normalization(str, Enum):
-    positive = "positive"
-    absolute = "absolute"
-    signed = "signed"
-
-
-class _Strategy(str, Enum):
-    auto = "auto"
-    loop = "loop"
-    fused = "fused"
-
-
-class _Removal(str, Enum):
-    delete = "delete"
-    baseline = "baseline"
-    suppress = "suppress"
-    masked_lm = "masked_lm"
-
-
-class _Part(str, Enum):
-    think = "think"
-    answer = "answer"
-
-
-class _Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class _Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
 
 _Kind = Enum("_Kind", [(kind, kind) for kind in KINDS], type=str)  # type: ignore[misc]
 _TWO_QUESTIONS = _Kind("two_questions")
 
 
-ExplainOption = Annotated[
-    str | None,
-    typer.Option(
-        "--explain",
-        show_default=False,
-        metavar="SPAN",
-        help="What to explain: a text in the generated text (its last occurrence), the "
-        "number of a generated unit (-1 is the last), START:STOP of them, or a pattern "
-        "as /REGEX/. Default: all but special tokens at the end.",
-    ),
-]
-PartOption = Annotated[
-    _Part | None,
-    typer.Option(
-        "--part",
-        show_default=False,
-        help="Explain a part of what a reasoning model wrote: its thoughts or its "
-        "answer.",
-    ),
-]
-TopOption = Annotated[
-    int,
-    typer.Option(
-        "--top",
-        min=0,
-        help="Sources to list, and units to label.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-PathsOption = Annotated[
-    int, typer.Option("--paths", min=0, help="Paths to show.", rich_help_panel=_OUTPUT)
-]
-WidthOption = Annotated[
-    int | None,
-    typer.Option(
-        "--width",
-        show_default=False,
-        min=20,
-        help="Columns to use. Default: those of the terminal.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-JsonOption = Annotated[
-    str | None,
-    typer.Option(
-        "--json",
-        show_default=False,
-        metavar="FILE",
-        help="Write all numbers to this file; to stdout, and nothing else, for a dash.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-SaveOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--save",
-        show_default=False,
-        metavar="FILE",
-        help="Save the result, for captum-cage show or for Python.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-ExportOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        "--export",
-        show_default=False,
-        metavar="FILE",
-        help="Write it for other programs too, as the end of the name says: "
-        f"{', '.join(SUFFIXES)}. May be given again.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-HtmlOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--html",
-        show_default=False,
-        metavar="FILE",
-        help="Write the result as a page for the browser, which needs no network.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-QuietOption = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        help="Print errors only; write the files.",
-        rich_help_panel=_OUTPUT,
-    ),
-]
-NoProgressOption = Annotated[
-    bool,
-    typer.Option("--no-progress", help="No progress bars.", rich_help_panel=_OUTPUT),
-]
-
-
 # --- output --------------------------------------------------------------------------
-
-
-def _check_writable(option: str, name: str | Path | None) -> None:
-    """Refuse a file that could not be written."""
-    if name is not None and name != "-":
-        writable(option, name)
 
 
 @dataclass(frozen=True)
@@ -359,21 +249,21 @@ class _Output:
 
     def __post_init__(self) -> None:
         """Refuse files that could not be written, before anything is computed."""
-        _check_writable("--json", self.json_file)
-        _check_writable("--save", self.save_file)
-        _check_writable("--html", self.html_file)
+        check_writable("--json", self.json_file)
+        check_writable("--save", self.save_file)
+        check_writable("--html", self.html_file)
         for path in self.export_files:
             checked_suffix(path, "--export")
 
     @property
     def shows_progress(self) -> bool:
         """Whether progress bars are welcome."""
-        return not (self.quiet or self.no_progress) and sys.stderr.isatty()
+        return progress_is_welcome(self.quiet or self.no_progress)
 
     def note(self, text: str) -> None:
         """Say something on stderr, unless quiet."""
         if not self.quiet:
-            _say(text)
+            say(text)
 
     def save(self, result: GraphAttributionResult) -> None:
         """Write the files that are asked for by their names."""
@@ -417,12 +307,23 @@ class _Output:
             view = TerminalView(
                 result, self.top, self.paths, seconds, truth, ends, checks
             )
-            console = _console(self.width)
+            console = stdout_console(self.width)
             console.print(view)
             if evaluation is not None:
                 console.print("", _evaluation_table(evaluation))
                 for note in evaluation.notes:
                     console.print(harmless(note), style="dim", markup=False)
+
+    def write_estimate(self, estimate: Estimate) -> None:
+        """Write what it would cost, or print it."""
+        if self.json_file is not None:
+            write_json(self.json_file, estimate.to_dict())
+        if self.json_file == "-" or self.quiet:
+            return
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        for name, text in estimate.table():
+            table.add_row(name, text)
+        stdout_console(self.width).print(table)
 
     def list_alternatives(self, found: Sequence[Alternative]) -> None:
         """Print what else the model might have written, unless stdout is for JSON."""
@@ -437,7 +338,7 @@ class _Output:
             table.add_row(
                 harmless(shown, one_line=True) + mark, f"{one.probability:.2%}"
             )
-        _console(self.width).print(table, "")
+        stdout_console(self.width).print(table, "")
 
 
 def _evaluation_table(evaluation: Evaluation) -> Table:
@@ -456,14 +357,6 @@ def _evaluation_table(evaluation: Evaluation) -> Table:
         cells = [str(found[name]) for found in evaluation.scores.values()]
         table.add_row(f"{name} {way}{mark}", *cells)
     return table
-
-
-def _console(width: int | None) -> Console:
-    """A console on stdout; without any escape code where colour is not wanted."""
-    # Where NO_COLOR is set, rich leaves out colours but not bold and underlined text.
-    if os.environ.get("NO_COLOR"):
-        return Console(width=width, color_system=None)
-    return Console(width=width)
 
 
 # --- captum-cage demo ----------------------------------------------------------------
@@ -506,7 +399,7 @@ def demo(
     result = cage.attribute(
         TokenIdsInput(tokenizer(problem.prompt).input_ids, tokenizer),
         units="sentence",
-        gen_args=_gen_args(None),
+        gen_args=generation_arguments(None),
         show_progress=output.shows_progress,
     )
     answer = problem.answers[-1]
@@ -521,15 +414,6 @@ def demo(
     output.write(
         result, time.perf_counter() - start, truth=answer.facts, ends=problem.facts
     )
-
-
-def _gen_args(max_new_tokens: int | None) -> dict[str, Any]:
-    """Greedy generation; as long as the model's own settings say, for None."""
-    arguments = dict(DEFAULT_GEN_ARGS)
-    del arguments["max_new_tokens"]
-    if max_new_tokens is not None:
-        arguments["max_new_tokens"] = max_new_tokens
-    return arguments
 
 
 def _last_visible(result: GraphAttributionResult) -> int:
@@ -559,16 +443,7 @@ def _last_visible(result: GraphAttributionResult) -> int:
     ),
 )
 def explain(
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model",
-            show_default=False,
-            metavar="NAME_OR_PATH",
-            help="A causal language model: a folder, a name on the Hugging Face hub, "
-            "or demo for the model in the package.",
-        ),
-    ],
+    model: ModelOption,
     prompt: Annotated[
         str | None,
         typer.Option(
@@ -627,93 +502,16 @@ def explain(
             help="A system message, for --chat. It is read and not attributed.",
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", min=1, help="Longest text to generate.")
-    ] = 100,
-    units: Annotated[
-        _Units,
-        typer.Option(
-            "--units",
-            help="What is attributed, in prompt and generated text. Fewer units take "
-            "less time.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = _Units.sentence,
-    method: Annotated[
-        str,
-        typer.Option(
-            "--method",
-            metavar="NAME",
-            help="The base method, by its name or its class; captum-cage methods lists "
-            "them.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = "ablation",
-    normalization: Annotated[
-        _Normalization,
-        typer.Option(
-            "--normalization",
-            help="How attributions become shares.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = _Normalization.positive,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            "--samples",
-            show_default=False,
-            min=1,
-            help="Samples, for the methods that count them.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None,
-        typer.Option(
-            "--steps",
-            show_default=False,
-            min=1,
-            help="Steps of the integral, for the methods that have one.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
-    masked_lm: Annotated[
-        str | None,
-        typer.Option(
-            "--masked-lm",
-            show_default=False,
-            metavar="NAME_OR_PATH",
-            help="A masked language model, for the methods that write other words.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option(
-            "--baseline",
-            show_default=False,
-            metavar="TOKEN",
-            help="The token that stands for an absent one. Default: the tokenizer's "
-            "unknown, end or padding token, the first that it has.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
-    seed: Annotated[
-        int,
-        typer.Option(
-            "--seed", help="Seed of the methods that sample.", rich_help_panel=_METHOD
-        ),
-    ] = 0,
-    draws: Annotated[
-        int,
-        typer.Option(
-            "--draws",
-            min=1,
-            help="How often a method that samples draws its rows; from 2 on, intervals "
-            "are shown.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = 1,
+    max_new_tokens: MaxNewTokensOption = 100,
+    units: UnitsOption = Units.sentence,
+    method: MethodOption = "ablation",
+    normalization: NormalizationOption = Normalization.positive,
+    samples: SamplesOption = None,
+    steps: StepsOption = None,
+    masked_lm: MaskedLmOption = None,
+    baseline: BaselineOption = None,
+    seed: SeedOption = 0,
+    draws: DrawsOption = 1,
     verify: Annotated[
         int,
         typer.Option(
@@ -721,7 +519,7 @@ def explain(
             min=0,
             help="Heaviest paths to test: their steps are written again without the "
             "source.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT_PANEL,
         ),
     ] = 0,
     evaluate: Annotated[
@@ -729,7 +527,7 @@ def explain(
         typer.Option(
             "--evaluate",
             help="Test the result: sources are taken away and the model writes again.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT_PANEL,
         ),
     ] = False,
     statement: Annotated[
@@ -740,17 +538,17 @@ def explain(
             metavar="TEXT|/REGEX/",
             help="What must come out again with --evaluate: a text, or a pattern whose "
             "groups must be the same. Default: the explained text.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,
     removal: Annotated[
-        _Removal | None,
+        Removal | None,
         typer.Option(
             "--removal",
             show_default=False,
             help="How --evaluate takes sources away; masked_lm needs --masked-lm. "
             "Default: delete.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,
     alternatives: Annotated[
@@ -760,60 +558,16 @@ def explain(
             show_default=False,
             metavar="PLACE",
             help="List what else the model might have written at a place, as foils.",
-            rich_help_panel=_OUTPUT,
+            rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,
-    strategy: Annotated[
-        _Strategy,
-        typer.Option(
-            "--strategy",
-            help="auto: all rows at once where the method allows it, else one by one.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = _Strategy.auto,
-    tolerance: Annotated[
-        float,
-        typer.Option(
-            "--tolerance",
-            min=0.0,
-            max=0.99,
-            help="Share of the explained mass that may stay unresolved. Saves time "
-            "where rows are computed one by one.",
-            rich_help_panel=_METHOD,
-        ),
-    ] = 0.0,
-    batch_size: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-size",
-            min=1,
-            help="Most sequences at once. Default: what fits into memory.",
-            show_default=False,
-            rich_help_panel=_METHOD,
-        ),
-    ] = None,
-    device: Annotated[
-        _Device,
-        typer.Option(
-            "--device", help="auto: a GPU if there is one.", rich_help_panel=_MODEL
-        ),
-    ] = _Device.auto,
-    dtype: Annotated[
-        _Dtype,
-        typer.Option(
-            "--dtype",
-            help="auto: float32 on the CPU, the model's own on a GPU.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = _Dtype.auto,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option(
-            "--trust-remote-code",
-            help="Run Python code that comes with the model.",
-            rich_help_panel=_MODEL,
-        ),
-    ] = False,
+    strategy: StrategyOption = Strategy.auto,
+    tolerance: ToleranceOption = 0.0,
+    batch_size: BatchSizeOption = None,
+    dry_run: DryRunOption = False,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
+    trust_remote_code: TrustRemoteCodeOption = False,
     top: TopOption = 8,
     paths: PathsOption = 3,
     width: WidthOption = None,
@@ -828,10 +582,10 @@ def explain(
     output = _Output(
         top, paths, width, json_file, save, html, quiet, no_progress, export or ()
     )
-    refills = removal is _Removal.masked_lm
-    base, declared = _chosen_method(method, masked_lm, refills)
-    options, kwargs = _counts(base, declared, samples, steps)
-    span = _question(explain, part)
+    refills = removal is Removal.masked_lm
+    base, declared = chosen_method(method, masked_lm, refills)
+    options, kwargs = counting_arguments(base, declared, samples, steps)
+    span = asked_span(explain, part)
     foils = _foils(foil)
     if (prompt is None) == (messages is None):
         raise ValueError(
@@ -849,13 +603,13 @@ def explain(
         raise ValueError(
             "--statement, --removal: say how a result is tested. Add --evaluate."
         )
-    wanted = _pattern("--statement", statement)
+    wanted = text_or_pattern("--statement", statement)
     if [prompt, target, system, messages].count("-") > 1:
         raise ValueError(
             "--prompt: stdin can be read once. Put the other text in a file."
         )
     texts = [
-        None if value is None else _text(option, value)
+        None if value is None else read_text(option, value)
         for option, value in (
             ("--prompt", prompt),
             ("--target", target),
@@ -865,44 +619,46 @@ def explain(
     if messages is None and not texts[0]:
         raise ValueError("--prompt: must have some text, but it is empty. Pass some.")
     listed = None if messages is None else _messages(messages)
-    place = _place(device)
+    place = device_name(device)
     output.note(f"loading {model}")
     if not output.shows_progress:
         transformers.utils.logging.disable_progress_bar()
-    network, tokenizer = _load(model, place, dtype, trust_remote_code)
+    network, tokenizer = load_model(model, place, dtype, trust_remote_code)
     masked: dict[str, Any] = {}
     if masked_lm is not None:
         output.note(f"loading {masked_lm}")
-        masked = _masked_lm(masked_lm, place, dtype, trust_remote_code)
+        masked = load_masked_lm(masked_lm, place, dtype, trust_remote_code)
     if needs_argument(base, "masked_lm") is not None:
         options |= masked
     if listed is None:
-        inp = _input(str(texts[0]), texts[2], chat, baseline, tokenizer)
+        inp = token_input(str(texts[0]), texts[2], chat, baseline, tokenizer)
     else:
-        inp = _conversation(listed, baseline, tokenizer)
-    output.note(f"explaining with {base.__name__} on {place}, in {units.value} units")
-    transformers.set_seed(seed)
-    start = time.perf_counter()
+        inp = conversation_input(listed, baseline, tokenizer)
     cage = GraphContextAttribution(
         llm_attribution(base, network, tokenizer, **options),
         normalization=normalization.value,
     )
     trace = inp.continuation
     is_given = texts[1] is not None or (trace is not None and trace.ends_generated)
-    result = cage.attribute(
-        inp,
-        target=texts[1],
-        explain=span,
-        units=units.value,
-        foil=foils,
-        gen_args=None if is_given else _gen_args(max_new_tokens),
-        draws=draws,
-        strategy=strategy.value,
-        tolerance=tolerance,
-        batch_size=batch_size,
-        show_progress=output.shows_progress,
+    asked: dict[str, Any] = {
+        "target": texts[1],
+        "explain": span,
+        "units": units.value,
+        "foil": foils,
+        "gen_args": None if is_given else generation_arguments(max_new_tokens),
+        "draws": draws,
+        "strategy": strategy.value,
+        "tolerance": tolerance,
+        "batch_size": batch_size,
         **kwargs,
-    )
+    }
+    if dry_run:
+        output.write_estimate(cage.estimate(inp, **asked))
+        return
+    output.note(f"explaining with {base.__name__} on {place}, in {units.value} units")
+    transformers.set_seed(seed)
+    start = time.perf_counter()
+    result = cage.attribute(inp, show_progress=output.shows_progress, **asked)
     if span is None and foils is None:
         result = result.explaining((0, _last_visible(result) + 1))
     if alternatives is not None:
@@ -931,15 +687,6 @@ def explain(
     output.write(result, seconds, checks=checks, evaluation=evaluation)
 
 
-def _question(explain: str | None, part: _Part | None) -> Explain:
-    """What ``--explain`` or ``--part`` means."""
-    if explain is not None and part is not None:
-        raise ValueError(
-            "--part: names what to explain, as --explain does. Leave one of them out."
-        )
-    return _span(explain) if part is None else Part(part.value)
-
-
 def _place_of(text: str) -> int | str:
     """A place in the generated text: ``#`` and the number of a unit, or a text."""
     return int(text[1:]) if re.fullmatch(r"#-?\d{1,6}", text) else text
@@ -965,7 +712,9 @@ def _foils(given: list[str] | None) -> dict[int | str, str] | None:
 
 def _messages(name: str) -> list[Any]:
     """The messages of a file."""
-    text = _text("--messages", name if name == "-" else f"@{name.removeprefix('@')}")
+    text = read_text(
+        "--messages", name if name == "-" else f"@{name.removeprefix('@')}"
+    )
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -991,260 +740,9 @@ def _messages(name: str) -> list[Any]:
     return found
 
 
-def _conversation(
-    messages: list[Any], baseline: str | None, tokenizer: Any
-) -> TokenIdsInput:
-    """A trace if the model has written in it, else a chat."""
-    token: int | str = _absent(tokenizer) if baseline is None else baseline
-    wrote = [
-        isinstance(message, dict) and message.get("role") == "assistant"
-        for message in messages
-    ]
-    if any(wrote):
-        return ChatTraceInput(messages, tokenizer, baselines=token)
-    return ChatTokenInput(messages, tokenizer, features="all", baselines=token)
+# --- captum-cage batch ---------------------------------------------------------------
 
-
-def _chosen_method(
-    name: str, masked_lm: str | None, refills: bool
-) -> tuple[type[Any], Capability]:
-    """The class of a base method, and what it declares; it has what it needs."""
-    try:
-        method, declared = method_named(name)
-    except ValueError as error:
-        raise ValueError(f"--{error}") from error
-    extra = missing_extra(declared)
-    if extra is not None:
-        raise ValueError(
-            f"--method: {declared.name} needs {', '.join(declared.needs)}, which is "
-            f"not installed. Run: pip install captum-cage[{extra}]"
-        )
-    needed = needs_argument(method, "masked_lm")
-    if needed and masked_lm is None:
-        raise ValueError(
-            f"--masked-lm: {method.__name__} replaces words by those of a masked "
-            "language model and needs one. Pass its name, for example "
-            "--masked-lm FacebookAI/roberta-base."
-        )
-    if refills and masked_lm is None:
-        raise ValueError(
-            "--removal: masked_lm writes other words by a masked language model. Pass "
-            "--masked-lm, for example --masked-lm FacebookAI/roberta-base."
-        )
-    if needed is None and masked_lm is not None and not refills:
-        takers = _names(lambda other, _: needs_argument(other, "masked_lm") is not None)
-        raise ValueError(
-            f"--masked-lm: {method.__name__} does not take it. It is for {takers}. "
-            "Leave it out, or choose another --method."
-        )
-    return method, declared
-
-
-def _names(fits: Callable[[type[Any], Capability], bool]) -> str:
-    """Names of the methods that fit, or that there is none."""
-    found = [known[1].name for known in capabilities() if fits(*known)]
-    return ", ".join(found) or "none of the methods"
-
-
-def _counts_by(option: str, _: type[Any], declared: Capability) -> bool:
-    """Whether an option says how many evaluations a method takes."""
-    return _counting_option(declared.counted) == option
-
-
-def _counting_option(argument: str | None) -> str | None:
-    """The option that says how many evaluations a method takes."""
-    if argument is None:
-        return None
-    return "--steps" if argument == "n_steps" else "--samples"
-
-
-def _counts(
-    method: type[Any], declared: Capability, samples: int | None, steps: int | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Arguments of a method's constructor, and of its ``attribute``."""
-    options: dict[str, Any] = {}
-    taken = signature(method.attribute).parameters
-    # All steps at once would be steps x tokens x vocabulary numbers.
-    kwargs = {"internal_batch_size": 8} if "internal_batch_size" in taken else {}
-    for option, count in (("--samples", samples), ("--steps", steps)):
-        if count is None:
-            continue
-        if declared.counted is None or not _counts_by(option, method, declared):
-            takers = _names(partial(_counts_by, option))
-            raise ValueError(
-                f"{option}: {method.__name__} does not take it. It is for {takers}. "
-                "Leave it out, or choose another --method."
-            )
-        (kwargs if declared.counted in taken else options)[declared.counted] = count
-    return options, kwargs
-
-
-def _pattern(option: str, text: str | None) -> str | re.Pattern[str] | None:
-    """A text, or a pattern between slashes."""
-    if text is None or len(text) < 2 or not text[0] == text[-1] == "/":
-        return text
-    try:
-        return re.compile(text[1:-1])
-    except re.error as error:
-        raise ValueError(
-            complaint(
-                option,
-                "a text between slashes must be a regular expression",
-                f"{text!r} came ({error})",
-                "Escape what is meant as it is, for example \\( for a bracket.",
-            )
-        ) from error
-
-
-def _span(text: str | None) -> Explain:
-    """What ``--explain`` means, in a form that ``explaining`` takes."""
-    if text is None:
-        return None
-    if re.fullmatch(r"-?\d+", text):
-        return int(text)
-    if ends := re.fullmatch(r"(-?\d+)?:(-?\d+)?", text):
-        return slice(*(None if end is None else int(end) for end in ends.groups()))
-    return _pattern("--explain", text)
-
-
-def _text(option: str, value: str) -> str:
-    """A text as it stands, of a file (``@FILE``), or of stdin (``-``)."""
-    is_file = value.startswith("@") and not value.startswith("@@")
-    content: bytes
-    try:
-        if value == "-":
-            content = sys.stdin.buffer.read()
-        elif is_file:
-            content = Path(value[1:]).expanduser().read_bytes()
-        else:
-            content = os.fsencode(value.removeprefix("@"))
-        text = content.decode("utf-8")
-    except OSError as error:
-        raise ValueError(
-            complaint(
-                option,
-                "must name a file that can be read",
-                f"{value!r} came ({error.strerror})",
-                "For a text that begins with @, write @@.",
-            )
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            complaint(
-                option,
-                "must be a text in UTF-8",
-                f"{value!r} is not ({error.reason} at byte {error.start})",
-                "Convert it first.",
-            )
-        ) from error
-    if value == "-" or is_file:
-        return text.replace("\r\n", "\n").removesuffix("\n")
-    return text
-
-
-def _place(device: _Device) -> str:
-    if device is _Device.cuda and not torch.cuda.is_available():
-        raise ValueError(
-            "--device: must be there, but torch finds no CUDA device. Use --device cpu."
-        )
-    if device is _Device.auto:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return str(device.value)
-
-
-def _load(
-    name: str, place: str, dtype: _Dtype, trust_remote_code: bool
-) -> tuple[Any, Any]:
-    """A model in evaluation mode, and its tokenizer."""
-    number_type = _number_type(dtype, place)
-    model: Any
-    if name == DEMO:
-        model, tokenizer = load_demo()
-    else:
-        # By attribute: transformers imports it, and much more, at its first use.
-        kind = transformers.AutoModelForCausalLM
-        model, tokenizer = _load_pretrained(
-            name, number_type, trust_remote_code, "--model", kind
-        )
-    return model.to(device=place, dtype=number_type).eval(), tokenizer
-
-
-def _number_type(dtype: _Dtype, place: str) -> Any:
-    """The type of a model's parameters; None for its own."""
-    if dtype is _Dtype.auto:
-        return torch.float32 if place == "cpu" else None
-    return getattr(torch, dtype.value)
-
-
-def _masked_lm(
-    name: str, place: str, dtype: _Dtype, trust_remote_code: bool
-) -> dict[str, Any]:
-    """A masked language model and its tokenizer, as options of a base method."""
-    number_type = _number_type(dtype, place)
-    kind = transformers.AutoModelForMaskedLM
-    model, tokenizer = _load_pretrained(
-        name, number_type, trust_remote_code, "--masked-lm", kind
-    )
-    model = model.to(device=place, dtype=number_type).eval()
-    return {"masked_lm": model, "masked_tokenizer": tokenizer}
-
-
-def _load_pretrained(
-    name: str,
-    number_type: torch.dtype | None,
-    trust_remote_code: bool,
-    option: str,
-    kind: Any,
-) -> tuple[Any, Any]:
-    if name.startswith((".", "/", "~")):
-        name = str(Path(name).expanduser())
-        if not Path(name).is_dir():
-            raise ValueError(f"{option}: there is no folder {name!r}. Check the path.")
-    # Its name until transformers 4.55.
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    argument = "dtype" if version >= (4, 56) else "torch_dtype"
-    loading: dict[str, Any] = {argument: number_type or "auto"}
-    loading["trust_remote_code"] = trust_remote_code
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code
-        )
-        model = kind.from_pretrained(name, **loading)
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        # The first sentences say what is wrong; pages of advice may follow.
-        reason = shorten(str(error), 300, placeholder=" ...") or type(error).__name__
-        remedy = "Check the name, the path and the network."
-        if "trust_remote_code" in str(error):
-            remedy = "If you trust it, pass --trust-remote-code."
-        raise ValueError(
-            f"{option}: {name!r} could not be loaded. {remedy} "
-            f"transformers says: {reason}"
-        ) from error
-    return model, tokenizer
-
-
-def _input(
-    prompt: str, system: str | None, chat: bool, baseline: str | None, tokenizer: Any
-) -> TokenIdsInput:
-    token: int | str = _absent(tokenizer) if baseline is None else baseline
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        if system is not None:
-            messages.insert(0, {"role": "system", "content": system})
-        return ChatTokenInput(messages, tokenizer, baselines=token)
-    ids = tokenizer(prompt).input_ids
-    special = special_ids(tokenizer)
-    attributed = [i not in special for i in ids]
-    return TokenIdsInput(ids, tokenizer, feature_mask=attributed, baselines=token)
-
-
-def _absent(tokenizer: Any) -> int:
-    """Id of the token that stands for an absent one."""
-    for name in ("unk", "eos", "pad"):
-        found = getattr(tokenizer, f"{name}_token_id", None)
-        if found is not None:
-            return int(found)
-    return 0
+app.command(help=BATCH_HELP, epilog=BATCH_EPILOG)(batch)
 
 
 # --- captum-cage methods -------------------------------------------------------------
@@ -1264,7 +762,7 @@ def methods(
     width: WidthOption = None,
 ) -> None:
     """List the base methods that captum-cage explain takes."""
-    _check_writable("--json", json_file)
+    check_writable("--json", json_file)
     if json_file is not None:
         text = json.dumps([_declaration(*known) for known in capabilities()]) + "\n"
         if json_file == "-":
@@ -1279,7 +777,7 @@ def methods(
         about.append(f"\n{_cost(method, declared)}", style="italic")
         about.append(f"; {'; '.join(_remarks(declared))}", style="dim")
         table.add_row(Text(declared.name, style="bold"), about)
-    console = _console(width)
+    console = stdout_console(width)
     console.print(table)
     console.print("P, G: number of units in the prompt and in the generated text.")
 
@@ -1298,7 +796,7 @@ def _remarks(declared: Capability) -> list[str]:
         remarks.append("random")
     if not declared.signed:
         remarks.append("unsigned")
-    if (option := _counting_option(declared.counted)) is not None:
+    if (option := counting_option(declared.counted)) is not None:
         remarks.append(f"takes {option}")
     if declared.needs:
         remarks.append(f"needs {', '.join(declared.needs)}")
@@ -1347,6 +845,6 @@ def show(
     output = _Output(
         top, paths, width, json_file, save, html, quiet, export_files=export or ()
     )
-    span = _question(explain, part)
+    span = asked_span(explain, part)
     result = GraphAttributionResult.load(file)
     output.write(result if span is None else result.explaining(span))

@@ -27,7 +27,15 @@ from captum_cage.task import RowTask
 from captum_cage.text import Span, decode, read_tokens
 from captum_cage.units import FIXED, Unit, Units
 
-__all__ = ["Contrast", "Foils", "contrast_row", "contrasts", "tokens_of"]
+__all__ = [
+    "Contrast",
+    "Foils",
+    "contrast_row",
+    "contrasts",
+    "ending_with",
+    "same_draws",
+    "tokens_of",
+]
 
 # Tokens in whose context the text of a foil is read.
 _CONTEXT = 8
@@ -175,7 +183,7 @@ def contrasts(task: RowTask, foils: Any) -> tuple[Contrast, ...]:
                 )
             )
     for one in found:
-        check_task(_ending_with(task, one, one.ids))
+        check_task(ending_with(task, one, one.ids))
     return tuple(found)
 
 
@@ -323,21 +331,25 @@ def contrast_row(
 
     def row(ids: Sequence[int]) -> npt.NDArray[np.float64]:
         found = np.zeros(task.width)
-        asked = Strategy(_ending_with(task, contrast, ids), strategy, told)
+        asked = Strategy(ending_with(task, contrast, ids), strategy, told)
         one = asked.row(contrast.step)
         found[: len(one) - 1] = one[:-1]
         return found
 
     if plain is not None and is_unit and not draws:
         return plain - row(contrast.ids)
-    with _same_draws(task.llm_attr):
+    with same_draws(task.llm_attr):
         target = row(written)
     return target - row(contrast.ids)
 
 
 @contextmanager
-def _same_draws(llm_attr: LLMAttributionObject) -> Iterator[None]:
-    """Random numbers that are drawn inside are drawn once more afterwards."""
+def same_draws(llm_attr: LLMAttributionObject) -> Iterator[None]:
+    """Random numbers that are drawn inside are drawn once more afterwards.
+
+    Args:
+        llm_attr: the wrapped object, on whose device they are drawn.
+    """
     device = torch.device(llm_attr.device)
     # Captum's methods use NumPy's, its baselines Python's.
     of_numpy, of_python = np.random.get_state(), random.getstate()  # noqa: NPY002
@@ -349,8 +361,14 @@ def _same_draws(llm_attr: LLMAttributionObject) -> Iterator[None]:
             random.setstate(of_python)
 
 
-def _ending_with(task: RowTask, contrast: Contrast, ids: Sequence[int]) -> RowTask:
-    """The task up to the stretch, with these ids as its last unit."""
+def ending_with(task: RowTask, contrast: Contrast, ids: Sequence[int]) -> RowTask:
+    """The task up to the stretch, with these ids as its last unit.
+
+    Args:
+        task (RowTask): what is explained.
+        contrast (Contrast): the stretch.
+        ids (Sequence[int]): what stands in its place.
+    """
     groups = task.steps.groups[: contrast.start]
     groups = np.where(groups < contrast.step, groups, FIXED)
     groups = np.concatenate([groups, np.full(len(ids), contrast.step)])

@@ -20,7 +20,13 @@ from captum_cage.engines.registry import find_engine
 from captum_cage.methods.catalogue import capability_of
 from captum_cage.task import RowTask
 
-__all__ = ["Counted", "count_sequences", "most_sequences"]
+__all__ = [
+    "Counted",
+    "count_sequences",
+    "inner_module",
+    "most_sequences",
+    "row_sequences",
+]
 
 # Passes besides: the plain text, read by an engine in its own way and for the scores.
 _ASIDE = 4
@@ -46,7 +52,7 @@ def count_sequences(llm_attr: Any) -> Iterator[Counted]:
     Args:
         llm_attr: the wrapped object.
     """
-    module = _inner(llm_attr.model)
+    module = inner_module(llm_attr.model)
     if module is None:
         yield Counted(None, None)
         return
@@ -66,10 +72,16 @@ def count_sequences(llm_attr: Any) -> Iterator[Counted]:
         handle.remove()
 
 
-def _inner(model: Any) -> nn.Module | None:
+def inner_module(model: Any) -> nn.Module | None:
     """The part of a model that every pass goes through as a module.
 
     Captum calls the ``forward`` of the model itself, past its hooks.
+
+    Args:
+        model: the model.
+
+    Returns:
+        torch.nn.Module or None: None where there is none, as of a remote model.
     """
     if not isinstance(model, nn.Module):
         return None
@@ -365,3 +377,22 @@ def most_sequences(
     ]
     trials = int(task.kwargs.get("num_trials", 1))
     return draws * sum(formula(one) * trials + _ASIDE for one in asked)
+
+
+def row_sequences(task: RowTask, step: int) -> int | None:
+    """Most sequences that the loop gives the model for one row.
+
+    Args:
+        task (RowTask): what is explained.
+        step (int): position of the generated unit.
+
+    Returns:
+        int or None: None for a base method that is not listed.
+    """
+    declared = capability_of(type(task.llm_attr.attr_method))
+    formula = _LOOPS.get("" if declared is None else declared.name)
+    if formula is None:
+        return None
+    before = len(task.sources) + step
+    work = _Work(task, (before,), (len(task.steps.members(step)),))
+    return formula(work) * int(task.kwargs.get("num_trials", 1))

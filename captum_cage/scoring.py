@@ -35,6 +35,7 @@ __all__ = [
     "generate_ids",
     "held",
     "log_probabilities",
+    "most_new_tokens",
     "next_token_probabilities",
     "scores_after",
 ]
@@ -45,6 +46,9 @@ _LENGTHS = (
     "max_sequence_length",
     "max_seq_len",
 )
+
+# Tokens in all that transformers generates where nothing else is said.
+_MAX_LENGTH = 20
 
 _locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = (
     weakref.WeakKeyDictionary()
@@ -213,6 +217,33 @@ def generate_ids(
             "let it write more, or the text to explain as target."
         )
     return token_ids("target", generated)
+
+
+def most_new_tokens(
+    llm_attr: LLMAttributionObject,
+    prompt: Prompt,
+    gen_args: Mapping[str, Any] | None,
+) -> int:
+    """How many tokens the model would generate at most.
+
+    Args:
+        llm_attr: the wrapped object, whose model or provider generates.
+        prompt (Prompt): the prompt.
+        gen_args (Mapping, optional): for the model's ``generate``; Captum's own
+            defaults if None: greedy, 25 tokens.
+    """
+    before = len(prompt.ids)
+    if prompt.continuation is not None:
+        before += len(prompt.continuation.ids)
+    arguments = dict(DEFAULT_GEN_ARGS if gen_args is None else gen_args)
+    settings = getattr(llm_attr.model, "generation_config", None)
+    new, whole = arguments.get("max_new_tokens"), arguments.get("max_length")
+    if new is None and whole is None:
+        new = getattr(settings, "max_new_tokens", None)
+        whole = getattr(settings, "max_length", None) or _MAX_LENGTH
+    most = int(whole or 0) - before if new is None else int(new)
+    context = context_length(llm_attr.model)
+    return max(1, most if context is None else min(most, context - before))
 
 
 def _model_inputs(

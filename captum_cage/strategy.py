@@ -89,7 +89,7 @@ class Strategy:
             return
         self._engine, reason = find_engine(task)
         if self._engine is None:
-            self._fall_back(reason)
+            self.fall_back(reason)
 
     @property
     def name(self) -> str:
@@ -101,7 +101,15 @@ class Strategy:
         """Whether fewer rows cost less."""
         return self._engine is None or self._engine.by_row
 
-    def _fall_back(self, reason: str) -> None:
+    def fall_back(self, reason: str) -> None:
+        """Take the loop from here on, and say why.
+
+        Args:
+            reason (str): why no engine can.
+
+        Raises:
+            ValueError: if an engine was asked for, or the loop cannot do it either.
+        """
         if self._fused:
             raise ValueError(
                 complaint(
@@ -141,7 +149,7 @@ class Strategy:
                 first = next(found, None)
             except Unsuitable as error:
                 model = type(self.task.llm_attr.model).__name__
-                self._fall_back(f"{model}: {error}")
+                self.fall_back(f"{model}: {error}")
                 raise _FellBack from error
             else:
                 count = 0

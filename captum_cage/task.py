@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -13,6 +13,7 @@ from captum.attr import InterpretableInput, TextTemplateInput
 
 from captum_cage._captum import LLMAttributionObject
 from captum_cage._checks import complaint
+from captum_cage.causal import CausalModel
 from captum_cage.inputs import Continuation, PrefixedInput, Prompt, TokenIdsInput
 from captum_cage.text import Span, TokenText, decode, read_tokens, special_ids
 from captum_cage.thinking import Thinking
@@ -75,6 +76,8 @@ class RowTask:
         kept (dict): finished work of an engine, by the engine's own key; a call that
             was interrupted finds it here when it is repeated. Under ``"scores"`` the
             log-probabilities of all generated tokens, once an engine has them.
+        stand_in (Callable or None): who makes an engine's passes in the place of a
+            model that it knows by then; None for the model.
     """
 
     llm_attr: LLMAttributionObject
@@ -89,6 +92,9 @@ class RowTask:
     show_progress: bool = False
     thinking: Thinking = field(default_factory=Thinking.none)
     kept: dict[str, Any] = field(default_factory=dict, compare=False)
+    stand_in: Callable[[CausalModel], CausalModel] | None = field(
+        default=None, compare=False
+    )
 
     @cached_property
     def written(self) -> npt.NDArray[np.int64]:
@@ -100,6 +106,14 @@ class RowTask:
         """Whether a unit is a source, in the order of the text. Shape ``(N,)``."""
         outside = [not unit.generated for unit in self.steps.units]
         return np.array([True] * len(self.sources) + outside, dtype=bool)
+
+    def reader(self, model: CausalModel) -> CausalModel:
+        """Who makes an engine's passes, once it knows the model: as a rule, the model.
+
+        Args:
+            model (CausalModel): the model.
+        """
+        return model if self.stand_in is None else self.stand_in(model)
 
     def unit_sums(self, values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
         """Sums over the tokens of each step, of values of the first tokens.

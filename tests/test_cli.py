@@ -99,7 +99,9 @@ class TestProgram:
         assert (done.exit_code, done.stdout) == (0, f"captum-cage {__version__}\n")
         assert done.stderr == ""
 
-    @pytest.mark.parametrize("command", ["", "demo", "explain", "methods", "show"])
+    @pytest.mark.parametrize(
+        "command", ["", "batch", "demo", "explain", "methods", "show"]
+    )
     def test_help_has_examples(self, command):
         """For the program and for every command."""
         done = run(*command.split(), "--help")
@@ -107,10 +109,10 @@ class TestProgram:
         assert re.search(rf"Examples:\s+captum-cage {command}", done.stdout)
 
     def test_help_documents_the_exit_codes(self):
-        """All four of them."""
+        """All five of them."""
         assert (
-            "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, 130 "
-            "interrupted."
+            "Exit codes: 0 done, 1 unexpected failure, 2 wrong usage or input, 3 done "
+            "but for some examples of a batch, 130 interrupted."
         ) in one_line(run("--help").stdout)
 
     @pytest.mark.parametrize(
@@ -175,6 +177,34 @@ class TestProgram:
         done = explain(folder)
         assert done.exit_code == 0
         assert "\ncaptum-cage: warning: so so\n" in done.stderr
+
+
+class TestDryRun:
+    """``captum-cage explain --dry-run``: the cost, and nothing else."""
+
+    def test_the_cost_is_printed(self, folder, monkeypatch):
+        """As a table."""
+        monkeypatch.delattr(GraphContextAttribution, "answer")
+        done = explain(folder, "--dry-run", "--units", "word")
+        assert done.exit_code == 0
+        assert "model passes (sequences)" in done.stdout
+        assert "FeatureAblation, fused" in done.stdout
+
+    def test_numbers_are_written(self, folder, tmp_path, monkeypatch):
+        """To stdout, alone, or to a file."""
+        monkeypatch.delattr(GraphContextAttribution, "answer")
+        done = explain(folder, "--dry-run", "--json", "-")
+        assert json.loads(done.stdout)["sources"] == 2
+        file = tmp_path / "cost.json"
+        done = explain(folder, "--dry-run", "--json", file, "-q", target=None)
+        assert (done.exit_code, done.stdout) == (0, "")
+        assert json.loads(file.read_text())["generated_tokens"] == 100
+
+    def test_what_would_be_refused_is_refused(self, folder):
+        """Before the work."""
+        done = explain(folder, "--dry-run", "--explain", "nowhere")
+        assert done.exit_code == 2
+        assert "does not occur in the generated text" in done.stderr
 
 
 class TestProcess:
@@ -988,7 +1018,9 @@ class TestDemo:
     def test_a_wrong_answer_is_told(self, model, tokenizer, monkeypatch):
         """The last sentence is explained all the same."""
         monkeypatch.setattr(cli, "load_demo", lambda: (model, tokenizer))
-        monkeypatch.setattr(cli, "_gen_args", lambda _: {"max_new_tokens": 5})
+        monkeypatch.setattr(
+            cli, "generation_arguments", lambda _: {"max_new_tokens": 5}
+        )
         done = run("demo", "--kind", "one_question")
         problem = sample_problems(1, 0, "one_question")[0]
         assert done.exit_code == 0

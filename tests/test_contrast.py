@@ -39,9 +39,9 @@ from captum_cage import (
 )
 from captum_cage.contrast import (
     Contrast,
-    _same_draws,
     contrast_row,
     contrasts,
+    same_draws,
     tokens_of,
 )
 from captum_cage.engines.registry import engine_names
@@ -303,7 +303,7 @@ class TestDifference:
 
         monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
         for device in ("cpu", "cuda:1", torch.device("cuda")):
-            with _same_draws(SimpleNamespace(device=device)):
+            with same_draws(SimpleNamespace(device=device)):
                 pass
         assert forked == [[], [torch.device("cuda:1")], [torch.device("cuda")]]
 

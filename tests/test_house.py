@@ -24,7 +24,7 @@ LAYERS = (
     {"_checks", "_version"},
     {"_captum", "_model", "_placement", "_shares", "solve", "text"},
     {"units", "graph", "frontier", "causal", "thinking", "foils"},
-    {"draws", "archive", "answers", "explanation", "streamed"},
+    {"draws", "archive", "answers", "explanation", "rehearsal", "streamed"},
     {"spool"},
     {"plot", "html", "export", "record"},
     {"spans", "inputs"},
@@ -35,10 +35,13 @@ LAYERS = (
     {"strategy"},
     {"contrast"},
     {"cost"},
-    {"interventions", "metrics"},
+    {"interventions", "metrics", "estimate"},
     {"followup"},
     {"attribution"},
     {"terminal", "batch", "testing", "demo"},
+    {"cli_options"},
+    {"cli_models"},
+    {"cli_batch"},
     {"cli", "pytest_plugin"},
 )
 PURE = ("graph", "frontier", "solve")  # of torch, and of what brings it

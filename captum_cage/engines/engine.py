@@ -39,8 +39,11 @@ class Engine:
         unsuitable: function of a task that says, without a model call, why the engine
             cannot do it, or None if it can.
         by_row (bool): whether fewer rows cost less, beyond those after the last one.
+        rehearsed (bool): whether its passes are made by the ``reader`` of a task, so
+            that they can be counted without being made.
     """
 
     rows: RowFunction
     unsuitable: Callable[[RowTask], str | None] = never
     by_row: bool = True
+    rehearsed: bool = False

@@ -167,6 +167,7 @@ class _Passes:
             self._factors = rows.double().cpu().numpy()
         self._reads_on: bool | None = None  # not known yet
         self._most = task.batch_size
+        self._reader = task.reader(self._model)
 
     def _at_layer(self, ids: Tensor) -> Tensor:
         """What the layer gives for these ids, shape ``(tokens, width)``."""
@@ -459,7 +460,7 @@ class _Passes:
             first = self._prompt + segment.targets[0].first - 1
             keep = torch.arange(first, segment.stop) - segment.start
         with _replaced(self._layer, leaf):
-            return self._model.states(
+            return self._reader.states(
                 {"input_ids": ids.expand(len(leaf), -1)}, keep, cache=cache
             )
 
@@ -477,7 +478,7 @@ class _Passes:
         factors = path.factors if len(path.factors) == 1 else path.factors[some]
         size = len(path.weights[some])
         first, kept = targets[0].first, states.shape[1]
-        slopes = self._model.slopes(
+        slopes = self._reader.slopes(
             states[:size].detach().reshape(size * kept, -1),
             self._targets[first : first + kept].repeat(size),
             logit=self._lrp,
@@ -490,15 +491,21 @@ class _Passes:
                 rows = slice(copy * size, (copy + 1) * size)
                 tokens = slice(target.first - first, target.stop - first)
                 upstream[rows, tokens] = slopes[:, tokens]
-            gradients = torch.autograd.grad(
-                states,
-                list(leaves),
-                upstream,
-                retain_graph=not last or start + plan.copies < len(targets),
-                # A layer that mixes no positions after it gives earlier ones nothing.
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            own = segment.stop - segment.start
+            before = sum(leaf.shape[1] for leaf in leaves) - own
+            with self._reader.backward(len(states), own, before) as is_made:
+                if not is_made:
+                    continue
+                gradients = torch.autograd.grad(
+                    states,
+                    list(leaves),
+                    upstream,
+                    retain_graph=not last or start + plan.copies < len(targets),
+                    # A layer that mixes no positions after it gives earlier ones
+                    # nothing.
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
             gradient = torch.cat(gradients, dim=1)
             length = gradient.shape[1]
             for copy, target in enumerate(group):
@@ -585,4 +592,4 @@ def _unsuitable(task: RowTask) -> str | None:
     return None
 
 
-GRADIENT = Engine(_rows, unsuitable=_unsuitable, by_row=True)
+GRADIENT = Engine(_rows, unsuitable=_unsuitable, by_row=True, rehearsed=True)

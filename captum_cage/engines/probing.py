@@ -102,6 +102,7 @@ class _Reader:
         check_length_dependence(self.model.model, len(self.ids) + 1)
         with first_pass(), torch.no_grad():
             self.plain = self._verified_states()
+        self.model = task.reader(self.model)
 
     def _verified_states(self) -> Tensor:
         """States of the plain text, shape ``(stop, width)``."""
@@ -362,5 +363,9 @@ def _unsuitable(task: RowTask) -> str | None:
     return unsupported()(task)
 
 
-CONTEXT_LENGTH = Engine(_probed_rows, unsuitable=unsupported(), by_row=False)
-WEIGHTED_RATIO = Engine(_replaced_rows, unsuitable=_unsuitable, by_row=False)
+CONTEXT_LENGTH = Engine(
+    _probed_rows, unsuitable=unsupported(), by_row=False, rehearsed=True
+)
+WEIGHTED_RATIO = Engine(
+    _replaced_rows, unsuitable=_unsuitable, by_row=False, rehearsed=True
+)

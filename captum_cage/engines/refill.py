@@ -187,4 +187,4 @@ class _Passes:
         return found
 
 
-REFILL = Engine(_rows, unsuitable=unsupported(), by_row=False)
+REFILL = Engine(_rows, unsuitable=unsupported(), by_row=False, rehearsed=True)

@@ -135,6 +135,7 @@ class SequenceScorer:
             self.plain = self._verified_scores(plain)
         if stop == len(task.generated):
             task.kept["scores"] = self.plain
+        self.model = task.reader(self.model)
 
     @property
     def n_units(self) -> int:

@@ -158,7 +158,7 @@ def _too_many(task: RowTask) -> str | None:
     return unsupported()(task)
 
 
-EXACT_SHAPLEY = Engine(_exact_rows, unsuitable=_too_many, by_row=False)
+EXACT_SHAPLEY = Engine(_exact_rows, unsuitable=_too_many, by_row=False, rehearsed=True)
 SAMPLED_SHAPLEY = Engine(
-    _sampled_rows, unsuitable=unsupported("n_samples"), by_row=False
+    _sampled_rows, unsuitable=unsupported("n_samples"), by_row=False, rehearsed=True
 )

@@ -23,7 +23,9 @@ from sphinx.application import Sphinx
 import captum_cage
 
 # Its annotations are read by typer.
-READ_AT_RUNTIME = {"captum_cage.cli"}
+READ_AT_RUNTIME = {
+    f"captum_cage.{name}" for name in ("cli", "cli_batch", "cli_options")
+}
 # Names that the reference has elsewhere than where they are defined.
 HOMES = {"captum_cage._shares.Normalization": "captum_cage.graph.Normalization"}
 
