@@ -6,6 +6,7 @@ import copy
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
+from types import MethodType
 from typing import Any, Literal, TypeAlias
 
 import captum
@@ -262,6 +263,7 @@ def attribute_unit(
     kwargs: Mapping[str, Any],
     *,
     token_by_token: bool = False,
+    check: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tensor:
     """Attribution of the log-probability of one stretch of ids to an input's features.
 
@@ -276,13 +278,18 @@ def attribute_unit(
             the prompt are extended to the generated ones, which are then absent.
         token_by_token (bool, optional): score the stretch id by id, as models with
             inputs besides ids need. Default: ``False``
+        check (Callable, optional): told each perturbation, an indicator of shape
+            ``(1, n_itp_features)``, and its scores. Default: None
 
     Returns:
         Tensor: shape ``(n_itp_features,)``, as the base method gives it.
     """
     call = copy.copy(llm_attr)
     # FeatureAblation remembers in itself whether an output's shape was seen.
-    call.attr_method = copy.copy(llm_attr.attr_method)
+    method: Any = copy.copy(llm_attr.attr_method)
+    call.attr_method = method
+    if check is not None:
+        method.forward_func = _checked(method.forward_func, check)
     call.SUPPORTED_INPUTS = (InterpretableInput,)
     call.tokenizer = _Unlabelled(llm_attr.tokenizer)
     arguments = dict(kwargs)
@@ -301,6 +308,22 @@ def attribute_unit(
     result = call.attribute(inp, target=target, **arguments)
     scores: Tensor = result.seq_attr
     return scores
+
+
+def _checked(
+    forward: Callable[..., Tensor], check: Callable[[Tensor, Tensor], None]
+) -> Callable[..., Tensor]:
+    """A forward function that tells what it gives; a method if it was one."""
+    if not isinstance(forward, MethodType):
+        return forward
+    function = forward.__func__
+
+    def scored(asked: Any, perturbed: Tensor, *rest: Any) -> Tensor:
+        found: Tensor = function(asked, perturbed, *rest)
+        check(perturbed, found)
+        return found
+
+    return MethodType(scored, forward.__self__)
 
 
 def _perturbed(

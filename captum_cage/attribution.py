@@ -61,7 +61,7 @@ from captum_cage.strategy import (
     StrategyName,
     fill,
 )
-from captum_cage.task import RowTask, text_units
+from captum_cage.task import RowTask, check_possible, text_units
 from captum_cage.text import special_ids
 from captum_cage.thinking import Think
 from captum_cage.units import Granularity, split_units
@@ -415,6 +415,7 @@ class GraphContextAttribution(CaptumAttribution):
             # An engine that perturbs scores the plain text itself.
             if way.by_row and "scores" not in task.kept:
                 task.kept["scores"] = self._scores(task)
+                check_possible(task, task.kept["scores"])
             about = self._description(task, question, way.name)
             kept_in = None if spool is None else _Spooling(spool, about)
             graph, drawn = self._graph(way, question, kept_in)

@@ -29,10 +29,14 @@ _NOISE_OF_HALVES = 0.25
 
 
 def close_enough(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
-    """Whether two log-probabilities differ by no more than the model's rounding."""
+    """Whether two log-probabilities differ by no more than the model's rounding.
+
+    Of what cannot come, both are minus infinity; nothing is close to NaN.
+    """
     allowed = _NOISE.get(dtype, _NOISE_OF_HALVES)
-    scale = one.abs().max().clamp(min=1.0)
-    return bool((one - other).abs().max() <= allowed * scale)
+    scale = torch.where(one.isfinite(), one.abs(), 1.0).max().clamp(min=1.0)
+    difference = torch.where(one == other, 0.0, (one - other).abs())
+    return bool(difference.max() <= allowed * scale)
 
 
 class Prefix(DynamicCache):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from captum_cage._captum import (
     attribute_unit,
@@ -19,7 +21,7 @@ from captum_cage._captum import (
 from captum_cage._checks import complaint
 from captum_cage.inputs import PrefixedInput, TokenIdsInput, text_before
 from captum_cage.methods.capability import Capability
-from captum_cage.task import RowTask
+from captum_cage.task import RowTask, check_perturbed
 from captum_cage.text import decode
 
 __all__ = ["check_loop", "check_task", "checked_row", "loop_row"]
@@ -225,9 +227,24 @@ def _perturbed_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
             first, step=step, as_text_before=scored if remote else None
         )
         total += _attributed(
-            task, inp, torch.tensor(scored), token_by_token=task.by_token
+            task,
+            inp,
+            torch.tensor(scored),
+            token_by_token=task.by_token,
+            check=_finite(task, first),
         )
     return total
+
+
+def _finite(task: RowTask, first: int) -> Callable[[Tensor, Tensor], None]:
+    """Refuses what a perturbed text scores, from a token on, if it is no number."""
+
+    def check(perturbed: Tensor, found: Tensor) -> None:
+        # The whole stretch comes before its tokens.
+        score = found.detach().double().cpu().flatten()[:1].numpy()
+        check_perturbed(task, score, perturbed[0].cpu().numpy() != 0, first)
+
+    return check
 
 
 def _gradient_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
@@ -255,10 +272,16 @@ def _gradient_row(task: RowTask, step: int) -> npt.NDArray[np.float64]:
 def _attributed(
     task: RowTask,
     inp: PrefixedInput | TokenIdsInput,
-    target: torch.Tensor,
+    target: Tensor,
     token_by_token: bool = False,
+    check: Callable[[Tensor, Tensor], None] | None = None,
 ) -> npt.NDArray[np.float64]:
     found = attribute_unit(
-        task.llm_attr, inp, target, task.kwargs, token_by_token=token_by_token
+        task.llm_attr,
+        inp,
+        target,
+        task.kwargs,
+        token_by_token=token_by_token,
+        check=check,
     )
     return found.detach().double().cpu().numpy()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from captum_cage._captum import DEFAULT_GEN_ARGS, LLMAttributionObject, family
 from captum_cage._checks import complaint
 from captum_cage._model import text_config
+from captum_cage._restored import evaluated
 from captum_cage.causal import CausalModel
 from captum_cage.inputs import (
     Prompt,
@@ -50,10 +51,17 @@ _LENGTHS = (
 # Tokens in all that transformers generates where nothing else is said.
 _MAX_LENGTH = 20
 
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = (
-    weakref.WeakKeyDictionary()
-)
-_locks_guard = threading.Lock()
+
+class _Hold:
+    """Who holds a model: a lock, and whether its owner set the model's mode."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self.is_set = False
+
+
+_holds: weakref.WeakKeyDictionary[nn.Module, _Hold] = weakref.WeakKeyDictionary()
+_holds_guard = threading.Lock()
 
 
 @contextmanager
@@ -61,22 +69,25 @@ def held(llm_attr: LLMAttributionObject) -> Iterator[None]:
     """The model in evaluation mode and ours alone; as it was, afterwards.
 
     Captum's gradient methods hook the model's layers, so two explanations of one model
-    at the same time would mix. The second waits.
+    at the same time would mix. The second waits. That holds for calls of this package:
+    it knows nothing of others, such as a plain ``generate`` in another thread.
     """
     model = llm_attr.model
     if not isinstance(model, nn.Module):  # the placeholder of a remote model
         yield
         return
-    with _locks_guard:
-        lock = _locks.setdefault(model, threading.RLock())
-    with lock:
-        training = [module for module in model.modules() if module.training]
-        model.eval()
-        try:
+    with _holds_guard:
+        hold = _holds.setdefault(model, _Hold())
+    with hold.lock:
+        if hold.is_set:  # by a call that made this one
             yield
+            return
+        try:
+            hold.is_set = True
+            with evaluated(model):
+                yield
         finally:
-            for module in training:
-                module.training = True
+            hold.is_set = False
 
 
 def check_model(llm_attr: LLMAttributionObject) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from captum.attr import InterpretableInput, TextTemplateInput
 
-from captum_cage._captum import LLMAttributionObject
+from captum_cage._captum import LLMAttributionObject, base_method
 from captum_cage._checks import complaint
 from captum_cage.causal import CausalModel
 from captum_cage.inputs import Continuation, PrefixedInput, Prompt, TokenIdsInput
@@ -19,10 +19,19 @@ from captum_cage.text import Span, TokenText, decode, read_tokens, special_ids
 from captum_cage.thinking import Thinking
 from captum_cage.units import FIXED, Segments, Unit, Units, group_tokens, split_ranges
 
-__all__ = ["RowTask", "TextUnits", "check_scores", "generated_units", "text_units"]
+__all__ = [
+    "RowTask",
+    "TextUnits",
+    "check_perturbed",
+    "check_possible",
+    "check_scores",
+    "generated_units",
+    "text_units",
+]
 
 # Tokens of the prompt in whose context the generated ones are read.
 _CONTEXT = 8
+_NO_NUMBER = "Look for NaN or infinite weights, or use a wider number type."
 _TAIL = 200  # characters of the prompt, whose end may open the first thought
 _NOTHING = Continuation(
     (), TokenText("", ()), np.zeros(0, dtype=bool), np.zeros(0, dtype=bool), (), False
@@ -49,7 +58,86 @@ def check_scores(
                 "the model must give log-probabilities",
                 f"{scores[place]} came for generated token {place}, "
                 f"{decode([generated[place]], tokenizer)!r}",
-                "Look for NaN or infinite weights, or use a wider number type.",
+                _NO_NUMBER,
+            )
+        )
+
+
+def check_perturbed(
+    task: RowTask,
+    scores: npt.NDArray[np.float64],
+    present: npt.NDArray[np.bool_],
+    first: int = 0,
+) -> None:
+    """Refuse scores of a perturbed text from which no attribution follows.
+
+    Args:
+        task (RowTask): what is explained.
+        scores (numpy.ndarray): what the model gave for generated tokens, from ``first``
+            on.
+        present (numpy.ndarray): whether each of the first units is present.
+        first (int, optional): the first of these tokens. Default: ``0``
+
+    Raises:
+        ValueError: if one is NaN, or infinite where log-probabilities are attributed;
+            it names the units that are absent, and the generated unit.
+    """
+    refused = np.isnan(scores)
+    if getattr(task.llm_attr, "attr_target", "log_prob") == "log_prob":
+        refused = ~np.isfinite(scores)
+    for place in np.flatnonzero(refused).tolist():
+        step = int(task.steps.groups[first + place])
+        if step < 0 or not task.steps.units[step].generated:
+            continue
+        units = (*task.sources.units, *task.steps.units)
+        absent = np.flatnonzero(~present).tolist()
+        named = [f"unit {unit}, {units[unit].text!r}" for unit in absent[:3]]
+        if len(absent) > len(named):
+            named.append(f"{len(absent) - len(named)} more")
+        without = f" without {'; '.join(named)}" if named else ""
+        raise ValueError(
+            complaint(
+                base_method(task.llm_attr),
+                "needs finite log-probabilities",
+                f"{scores[place]} came for generated unit {step}, "
+                f"{task.steps.units[step].text!r},{without}",
+                "The model says that it cannot follow: explain another text, use a "
+                "wider number type, or attribute probabilities by attr_target='prob'."
+                if np.isneginf(scores[place])
+                else _NO_NUMBER,
+            )
+        )
+
+
+def check_possible(task: RowTask, scores: npt.NDArray[np.float64]) -> None:
+    """Refuse a text that cannot be, where its log-probability is attributed.
+
+    Args:
+        task (RowTask): what is explained.
+        scores (numpy.ndarray): log-probabilities of the first generated tokens.
+
+    Raises:
+        ValueError: if one is minus infinity; it names the unit.
+    """
+    method = task.llm_attr.attr_method
+    declared = getattr(method, "capability", None)
+    depends = getattr(declared, "depends_on_target", True)
+    if not getattr(method, "depends_on_target", depends):
+        return
+    if getattr(task.llm_attr, "attr_target", "log_prob") != "log_prob":
+        return
+    for place in np.flatnonzero(np.isneginf(scores)).tolist():
+        step = int(task.steps.groups[place])
+        if step < 0 or not task.steps.units[step].generated:
+            continue
+        token = decode([task.generated[place]], task.llm_attr.tokenizer)
+        raise ValueError(
+            complaint(
+                base_method(task.llm_attr),
+                "the text must be one that the model could write",
+                f"token {place}, {token!r}, in generated unit {step}, "
+                f"{task.steps.units[step].text!r}, has probability 0",
+                "Explain a text without it, or take away what bans the token.",
             )
         )
 

@@ -589,6 +589,8 @@ def _rows(file: Any) -> Iterator[Given]:
 
 def _read(position: int, line: int | None, found: Any) -> Given:
     """What stands at one place, or why it cannot be read."""
+    if isinstance(found, Given):
+        return found
     name = None
     raw = found
     try:

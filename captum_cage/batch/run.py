@@ -135,8 +135,8 @@ def run(
         examples: a path that ends in ``.jsonl``, ``.ndjson`` or ``.parquet``, or an
             iterable of mappings or of :class:`Example`, or a data set of ``datasets``.
         out (str or PathLike): the directory of the results.
-        backend (str or RayCluster, optional): where the workers are: ``"local"`` or
-                ``"ray"``, or a :class:`RayCluster`, which says more. Default: ``"local"``
+        backend (str or RayCluster, optional): where the workers are: ``"local"``,
+            ``"ray"``, or a :class:`RayCluster`, which says more. Default: ``"local"``
         workers (int, optional): how many, each with a model of its own; 1 is this
             process itself. Default: ``1``
         strict (bool, optional): stop at the first example without a result.

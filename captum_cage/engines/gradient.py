@@ -413,6 +413,8 @@ class _Passes:
             except OutOfMemory as error:
                 self._most = half(size * plan.copies, error, self._model.device)
                 continue
+            # Sum and place change together: an interrupt may come in between.
+            total = total.copy()
             for place, scores in found:
                 total[place, : len(scores)] += scores
             start += size

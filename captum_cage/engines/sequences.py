@@ -32,7 +32,12 @@ from captum_cage.engines.verification import (
     verify,
 )
 from captum_cage.inputs import ChatTokenInput, TokenIdsInput, empty_prompt
-from captum_cage.task import RowTask, check_scores
+from captum_cage.task import (
+    RowTask,
+    check_perturbed,
+    check_possible,
+    check_scores,
+)
 
 __all__ = ["Perturbation", "SequenceScorer"]
 
@@ -197,6 +202,7 @@ class SequenceScorer:
 
     def _checked(self, scores: Scores) -> Scores:
         check_scores(scores, self._task.generated, self._task.llm_attr.tokenizer)
+        check_possible(self._task, scores)
         return scores
 
     def _numbers(self, states: Tensor, targets: Tensor) -> Scores:
@@ -241,20 +247,27 @@ class SequenceScorer:
         """
         queue = iter(perturbations)
         while some := list(islice(queue, _LAID_OUT)):
-            if not self._in_batches:
-                for one in some:
-                    model_input = self._input.to_model_input(_indicator([one]))
-                    with first_pass(), torch.no_grad():
-                        yield one.number, self._whole(model_input, one.first)
-                continue
-            sequences = []
-            for sequence in self._laid_out(some):
-                if len(sequence.ids):
-                    sequences.append(sequence)
-                else:
-                    yield sequence.number, self.plain.copy()
-            sequences.sort(key=lambda sequence: (sequence.same, sequence.length))
-            yield from self._scored(sequences)
+            present = {one.number: one.present for one in some}
+            for number, scores in self._of(some):
+                check_perturbed(self._task, scores, present[number])
+                yield number, scores
+
+    def _of(self, some: Sequence[Perturbation]) -> Iterator[tuple[int, Scores]]:
+        """Scores of a few perturbed texts, in any order."""
+        if not self._in_batches:
+            for one in some:
+                model_input = self._input.to_model_input(_indicator([one]))
+                with first_pass(), torch.no_grad():
+                    yield one.number, self._whole(model_input, one.first)
+            return
+        sequences = []
+        for sequence in self._laid_out(some):
+            if len(sequence.ids):
+                sequences.append(sequence)
+            else:
+                yield sequence.number, self.plain.copy()
+        sequences.sort(key=lambda sequence: (sequence.same, sequence.length))
+        yield from self._scored(sequences)
 
     def _laid_out(self, some: Sequence[Perturbation]) -> Iterator[_Sequence]:
         if self._several:

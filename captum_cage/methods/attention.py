@@ -165,19 +165,26 @@ def replaced_attention(model: nn.Module, function: AttentionFunction) -> Iterato
     attentions = transformers.AttentionInterface
     # transformers before 4.53 makes masks in each model.
     masks = getattr(transformers, "AttentionMaskInterface", None)
-    attentions.register(name, attend)
-    if masks is not None:
-        masks.register(name, masks()["sdpa"])
-    try:
-        for config in configs:
-            setattr(config, _IMPLEMENTATION, name)
-        yield
-    finally:
+
+    def restore() -> None:
         for config, implementation in zip(configs, before, strict=True):
             setattr(config, _IMPLEMENTATION, implementation)
         for registry in (attentions, masks):
             if registry is not None:
                 registry._global_mapping.pop(name, None)
+
+    try:
+        attentions.register(name, attend)
+        if masks is not None:
+            masks.register(name, masks()["sdpa"])
+        for config in configs:
+            setattr(config, _IMPLEMENTATION, name)
+        yield
+    finally:
+        try:
+            restore()
+        finally:  # once more, for an interrupt on the way
+            restore()
 
 
 def _configs(model: nn.Module) -> list[Any]:
@@ -224,6 +231,15 @@ def attention_layers(model: nn.Module, ids: Tensor, method: str) -> list[nn.Modu
         plain = causal.states(read, last).float()
         with replaced_attention(model, attend):
             replaced = causal.states(read, last).float()
+    if bool(plain.isnan().any()):
+        raise ValueError(
+            complaint(
+                method,
+                "needs a model that gives numbers",
+                f"{type(model).__name__} gives NaN after {int(last) + 1} tokens",
+                "Look for NaN or infinite weights, or use a wider number type.",
+            )
+        )
     layers = getattr(text_config(model), "num_hidden_layers", 0)
     noise = torch.float32 if kind == "eager" else causal.dtype
     came = ""

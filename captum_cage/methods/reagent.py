@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Real
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from captum_cage._checks import complaint, shown, whole_number
 from captum_cage._model import text_config
+from captum_cage._restored import evaluated
 from captum_cage.causal import CausalModel
 from captum_cage.inputs import PrefixedInput, token_features
 from captum_cage.methods.capability import Capability
@@ -164,7 +164,7 @@ class MaskedModel:
         for window, masked in self._windows(len(ids), places):
             read = [*self._first, *ids[window.start : window.stop], *self._last]
             shift = len(self._first) - window.start
-            with torch.no_grad(), _evaluated(self._model):
+            with torch.no_grad(), evaluated(self._model):
                 given = torch.tensor([read], device=self._model.device)
                 mask = torch.ones_like(given)
                 logits = self._model(input_ids=given, attention_mask=mask).logits[0]
@@ -271,18 +271,6 @@ def _longest(model: Any, tokenizer: Any) -> int:
     if isinstance(positions, int) and positions > 0:
         longest = min(longest, positions - _UNREAD)
     return longest
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; as it was, afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 # --- what the two methods share ------------------------------------------------------

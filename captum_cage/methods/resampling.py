@@ -7,8 +7,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from captum.attr import InterpretableInput
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from captum_cage._checks import complaint, shown, whole_number
 from captum_cage._model import text_config
 from captum_cage._placement import entry_device
+from captum_cage._restored import evaluated
 from captum_cage.inputs import Prompt, target_ids, token_ids
 from captum_cage.task import generated_units
 from captum_cage.text import decode, special_ids
@@ -441,7 +441,7 @@ class CounterfactualResampling:
         ]
         found: dict[int, list[list[int]]] = {place: [] for place in places}
         bar = tqdm(batches, desc="resamples", disable=not show_progress, unit="batch")
-        with _evaluating(self.model):
+        with evaluated(self.model):
             for place, number, count in bar:
                 prefix = generated[:place]
                 if prefix and prefix[-1] in ends:
@@ -610,20 +610,6 @@ def _ended(ids: list[int], ends: Sequence[int]) -> list[int]:
         if token in ends:
             return ids[: place + 1]
     return ids
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    """The model in evaluation mode; as it was, afterwards."""
-    modules = model.modules() if isinstance(model, nn.Module) else ()
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 class _Finished:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from captum_cage._captum import family
 from captum_cage._checks import complaint, shown, whole_number
+from captum_cage._restored import AsFound
 from captum_cage.metrics.truth import agreement
 from captum_cage.result import GraphAttributionResult
 
@@ -139,16 +140,25 @@ def randomized(
     chosen = [one for one in chosen if one.is_floating_point()]
     before = [one.detach().to("cpu", copy=True) for one in chosen]
     generator = torch.Generator().manual_seed(seed)
-    try:
-        with torch.no_grad():
-            for one, kept in zip(chosen, before, strict=True):
-                order = torch.randperm(kept.numel(), generator=generator)
-                one.copy_(kept.flatten()[order].view_as(kept))
-        yield
-    finally:
+
+    def restore() -> None:
         with torch.no_grad():
             for one, kept in zip(chosen, before, strict=True):
                 one.copy_(kept)
+
+    found = AsFound(model)
+    with found, found:
+        try:
+            with torch.no_grad():
+                for one, kept in zip(chosen, before, strict=True):
+                    order = torch.randperm(kept.numel(), generator=generator)
+                    one.copy_(kept.flatten()[order].view_as(kept))
+            yield
+        finally:
+            try:
+                restore()
+            finally:  # once more, for an interrupt on the way
+                restore()
 
 
 def parameter_randomization(
