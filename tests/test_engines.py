@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
 import math
+import os
 import warnings
 from types import SimpleNamespace
 
@@ -31,14 +33,17 @@ from torch import nn
 
 from captum_cage import GraphContextAttribution, TokenIdsInput
 from captum_cage import scoring as scoring_module
+from captum_cage.causal import CausalModel
 from captum_cage.engines import Engine, register_engine
 from captum_cage.engines import columns as columns_module
 from captum_cage.engines import gradient as gradient_module
+from captum_cage.engines import memory as memory_module
+from captum_cage.engines import sequences as sequences_module
 from captum_cage.engines import verification as verification_module
-from captum_cage.engines.columns import scored_subsets
+from captum_cage.engines.columns import Columns, scored_subsets
 from captum_cage.engines.engine import Unsuitable
 from captum_cage.engines.registry import _engines, engine_names
-from captum_cage.engines.sequences import SequenceScorer
+from captum_cage.engines.sequences import Perturbation, SequenceScorer
 from captum_cage.inputs import Prompt
 from captum_cage.task import RowTask, text_units
 from captum_cage.testing import check_engine
@@ -507,6 +512,45 @@ def stretched_model(tokenizer, original, rope_type, monkeypatch):
         pytest.skip(f"transformers makes no tiny model with {rope_type}: {error}")
 
 
+ORIGINAL = "original_max_position_embeddings"
+
+
+@pytest.mark.parametrize(
+    ("config", "most"),
+    [
+        ({"rope_scaling": {"rope_type": "dynamic", ORIGINAL: 8}}, 8),
+        ({"rope_scaling": {"type": "longrope", ORIGINAL: 8}}, 8),
+        ({"rope_scaling": {"type": "longrope"}, ORIGINAL: 8}, 8),
+        ({"rope_scaling": {"type": "longrope", ORIGINAL: 9}, ORIGINAL: 8}, 9),
+        ({"rope_scaling": {"type": "dynamic"}, "max_position_embeddings": 8}, 8),
+        ({"rope_scaling": {"type": "dynamic"}}, 0),
+        ({"rope_parameters": {"rope_type": "longrope", ORIGINAL: 8}}, 8),
+        (
+            {
+                "rope_parameters": {
+                    "sliding_attention": {"rope_type": "default"},
+                    "full_attention": {"rope_type": "longrope", ORIGINAL: 8},
+                }
+            },
+            8,
+        ),
+        ({"rope_scaling": {"rope_type": "linear", ORIGINAL: 8}}, None),
+        ({"rope_scaling": None, "max_position_embeddings": 8}, None),
+        ({"rope_parameters": {"rope_type": "default"}}, None),
+    ],
+)
+def test_a_length_that_stretches_positions_is_refused(config, most):
+    """Wherever the config says it; the text of that length itself is none."""
+    model = SimpleNamespace(config=SimpleNamespace(**config))
+    if most is None:
+        verification_module.check_length_dependence(model, 10**9)
+        return
+    verification_module.check_length_dependence(model, most)
+    message = f"encoding beyond {most} tokens depends .*, which has {most + 1}$"
+    with pytest.raises(Unsuitable, match=message):
+        verification_module.check_length_dependence(model, most + 1)
+
+
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
 @pytest.mark.parametrize("method", [FeatureAblation, LayerGradientXActivation])
 class TestStretchedPositions:
@@ -544,7 +588,9 @@ class TestStretchedPositions:
         llm_attr = wrapped(method, model, tokenizer)
         with caplog.at_level(logging.WARNING, "captum_cage"):
             assert_equals_loop(llm_attr, inp, target)
-        assert caplog.text == ""
+        # transformers may say something of the model.
+        names = {record.name.partition(".")[0] for record in caplog.records}
+        assert "captum_cage" not in names
 
     @pytest.mark.parametrize("more", [-2, -1, 0, 1])
     def test_around_it_the_rows_are_the_loop_s(
@@ -705,6 +751,12 @@ class TestAblation:
         result = explained(llm_attr, inp, target, "auto", baselines=given)
         assert result.meta["strategy"] == "loop"
 
+    def test_a_prompt_may_be_one_token(self, model, tokenizer, target):
+        """There is one before the first that is scored."""
+        llm_attr = wrapped(FeatureAblation, model, tokenizer)
+        rows = assert_equals_loop(llm_attr, TokenIdsInput([9], tokenizer), target)
+        assert rows.shape == (len(target), 1 + len(target))
+
     def test_columns_may_lie_in_a_file(
         self, model, tokenizer, inp, target, monkeypatch
     ):
@@ -755,6 +807,82 @@ class TestAblation:
         some = explained(llm_attr, inp, ids[8:], "fused", explain=1, tolerance=0.5)
         assert passes.sequences < pushed / 2
         assert_same_rows(some.graph.rows[:2], whole.graph.rows[:2])
+
+
+class TestColumns:
+    """Rows that are computed column by column."""
+
+    @pytest.mark.parametrize("in_memory", [12, 11])
+    def test_rows_are_read_out_of_the_columns(self, monkeypatch, in_memory):
+        """Those asked for, in blocks; units that have no column are zero."""
+        monkeypatch.setattr(columns_module, "_IN_MEMORY", in_memory)
+        monkeypatch.setattr(columns_module, "_BLOCK", 2)
+        task = SimpleNamespace(kept={}, show_progress=False, width=5)
+        columns = Columns.of(task, "key", 3, 4)
+        assert isinstance(columns.values, np.memmap) == (in_memory < 12)
+        assert columns.missing() == [0, 1, 2]
+        effects = np.arange(12.0).reshape(3, 4) + 1
+        for unit in (1, 0, 2):
+            columns.fill(unit, effects[unit])
+        assert columns.missing() == []
+        found = list(columns.rows(task, [0, 1, 3]))
+        expected = [[*effects[:, step], 0.0, 0.0] for step in (0, 1, 3)]
+        assert [row.tolist() for row in found] == expected
+
+    def test_columns_of_an_interrupted_call_are_gone_on_with(self):
+        """Where they are of the same units and rows."""
+        task = SimpleNamespace(kept={}, show_progress=False, width=5)
+        columns = Columns.of(task, "key", 3, 4)
+        columns.fill(1, np.ones(4))
+        assert Columns.of(task, "key", 3, 4) is columns
+        assert Columns.of(task, "key", 3, 4).missing() == [0, 2]
+        for units, rows in ((3, 3), (2, 4)):
+            assert Columns.of(task, "key", units, rows).missing() == [*range(units)]
+        assert Columns.of(task, "other", 3, 4).missing() == [0, 1, 2]
+
+    def test_progress_counts_the_columns_that_were_there(self, capsys):
+        """A bar for who wants one."""
+        for shown in (True, False):
+            task = SimpleNamespace(kept={}, show_progress=shown, width=5)
+            columns = Columns.of(task, "key", 4, 1)
+            columns.fill(2, np.ones(1))
+            assert list(columns.progress("abc")) == ["a", "b", "c"]
+            bar = capsys.readouterr().err
+            assert ("perturbations: 100%" in bar and "4/4" in bar) == shown
+            assert shown or not bar
+
+    def test_what_is_captum_s_own_matter_is_named(self, model, tokenizer):
+        """Arguments, subclasses and weighted windows; what changes no row is none."""
+
+        class Other(LLMAttribution):
+            pass
+
+        method = FeatureAblation(model)
+        llm_attr = LLMAttribution(method, tokenizer)
+        harmless = {
+            "enable_cross_tensor_attribution": True,
+            "forward_in_tokens": False,
+            "num_trials": 2,
+            "perturbations_per_eval": 4,
+            "show_progress": True,
+            "use_cached_outputs": False,
+        }
+        for wrapper, kwargs, reason in (
+            (llm_attr, harmless, None),
+            (llm_attr, {"n_samples": 3}, None),
+            (llm_attr, {"baselines": 3}, "the argument 'baselines' is Captum's own"),
+            (Other(method, tokenizer), {}, "Other may compute something of its own"),
+        ):
+            task = SimpleNamespace(llm_attr=wrapper, kwargs=kwargs)
+            found = columns_module.unsupported("n_samples")(task)
+            if reason is None:
+                assert found is None
+            else:
+                assert found.startswith(reason)
+        task = SimpleNamespace(llm_attr=llm_attr, kwargs={})
+        llm_attr.attr_method.use_weights = True
+        found = columns_module.unsupported()(task)
+        assert found == "this FeatureAblation weighs overlapping windows"
 
 
 class TestShapley:
@@ -931,9 +1059,13 @@ class TestScoredSubsets:
         present[2, [0, own]] = False
         scorer = SequenceScorer(task, len(ids))
         found = scored_subsets(task, scorer, present, rows)
-        for place in range(3):
-            alone = scored_subsets(task, scorer, present[place : place + 1], rows)
-            np.testing.assert_allclose(found[place], alone[0], atol=1e-5)
+        for place, step in itertools.product(range(3), range(rows)):
+            # A row by itself: what is present before it, and its own unit.
+            before = present[place, : len(sources) + step]
+            units = scorer.indicator(np.append(before, True)[: scorer.n_units])
+            ((_, scores),) = scorer.scores([Perturbation(0, units)])
+            expected = columns_module.unit_values(task, scores)[step]
+            assert found[place, step] == pytest.approx(expected, abs=1e-5)
 
 
 class TestRegression:
@@ -949,6 +1081,14 @@ class TestRegression:
         """Same seed, same samples, same rows."""
         llm_attr = wrapped(KernelShap, model, tokenizer, attr_target=attr_target)
         assert_equals_loop(llm_attr, inp, target, units=units, n_samples=20)
+
+    def test_rows_may_be_scored_a_few_at_a_time(
+        self, model, tokenizer, inp, target, monkeypatch
+    ):
+        """Each once, whatever their number."""
+        monkeypatch.setattr("captum_cage.engines.regression._TOGETHER", 3)
+        llm_attr = wrapped(KernelShap, model, tokenizer)
+        assert_equals_loop(llm_attr, inp, target, n_samples=4)
 
     def test_kernel_shap_of_a_template(self, model, tokenizer, target):
         """Of segments whose removal shifts positions."""
@@ -1422,6 +1562,176 @@ class TestMemory:
         passes.failure = lambda n, _: RuntimeError("no luck") if n > 5 else None
         with pytest.raises(RuntimeError, match=r"^no luck$"):
             explained(llm_attr, inp, target, "fused", batch_size=1, **METHODS[method])
+
+
+def host(monkeypatch, folder, *, available=None, limit=None, current=None):
+    """A host that tells this much about its memory."""
+    for name in ("_MEMINFO", "_CGROUP"):
+        monkeypatch.setattr(memory_module, name, folder / name)
+    (folder / "_CGROUP").mkdir()
+    if available is not None:
+        lines = f"MemTotal: 900 kB\nMemAvailable:   {available} kB\nCached: 1 kB\n"
+        (folder / "_MEMINFO").write_text(lines)
+    for name, value in (("max", limit), ("current", current)):
+        if value is not None:
+            (folder / "_CGROUP" / f"memory.{name}").write_text(f"{value}\n")
+
+
+@pytest.mark.parametrize(
+    "kind", [Columns, Engine, Perturbation, verification_module.Verdict]
+)
+def test_values_of_engines_cannot_be_changed(kind):
+    """A field is not set."""
+    one = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=field.name):
+            setattr(one, field.name, None)
+
+
+def test_a_verdict_holds_for_shorter_texts_and_one_kind_of_attention(fresh_model):
+    """Another implementation may do otherwise."""
+    model = CausalModel(fresh_model, torch.device("cpu"))
+    assert verification_module.found_out(model, 1) is None
+    verdict = verification_module.Verdict(10, True, None)
+    verification_module.remember(model, verdict)
+    assert verification_module.found_out(model, 10) == verdict
+    assert verification_module.found_out(model, 11) is None
+    before = fresh_model.config._attn_implementation
+    other = "eager" if before != "eager" else "sdpa"
+    fresh_model.set_attn_implementation(other)
+    assert verification_module.found_out(model, 10) is None
+    fresh_model.set_attn_implementation(before)
+    assert verification_module.found_out(model, 10) == verdict
+
+
+class TestFreeMemory:
+    """What decides how many sequences go at once."""
+
+    @pytest.mark.parametrize(
+        ("told", "free"),
+        [
+            ({"available": 70}, 70 * 1024),
+            ({"available": 70, "limit": "max", "current": 5}, 70 * 1024),
+            ({"available": 70, "limit": 50_000, "current": 20_000}, 30_000),
+            ({"available": 20, "limit": 50_000, "current": 20_000}, 20 * 1024),
+            ({"limit": 50_000, "current": 20_000}, 30_000),
+            ({"available": 70, "limit": 20_000, "current": 50_000}, 0),
+        ],
+    )
+    def test_a_host_has_what_system_and_container_leave(
+        self, monkeypatch, tmp_path, told, free
+    ):
+        """The less of the two; a container may have more than its limit for a time."""
+        host(monkeypatch, tmp_path, **told)
+        assert memory_module.free_bytes(torch.device("cpu")) == free
+
+    def test_a_host_that_has_no_such_files_is_asked_otherwise(
+        self, monkeypatch, tmp_path
+    ):
+        """By the number of its free pages; else two gigabytes are a careful guess."""
+        host(monkeypatch, tmp_path)
+        pages = {"SC_AVPHYS_PAGES": 30, "SC_PAGE_SIZE": 4096}
+        monkeypatch.setattr(os, "sysconf", pages.__getitem__, raising=False)
+        assert memory_module.free_bytes(torch.device("cpu")) == 30 * 4096
+
+        def unknown(name):
+            raise ValueError(name)
+
+        monkeypatch.setattr(os, "sysconf", unknown)
+        assert memory_module.free_bytes(torch.device("cpu")) == 2**31
+        monkeypatch.delattr(os, "sysconf")
+        assert memory_module.free_bytes(torch.device("cpu")) == 2**31
+
+    def test_a_token_takes_more_in_wider_deeper_and_more_precise_models(self):
+        """In proportion; all layers count where all are kept."""
+
+        def taken(kind=torch.float32, kept=False, **config):
+            model = nn.Linear(2, 2).to(kind)
+            model.config = SimpleNamespace(**config)
+            return memory_module.bytes_per_token(model, kept=kept)
+
+        usual = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
+        one = taken(**usual)
+        assert one >= 64 * 4
+        assert (
+            taken(torch.float64, **usual) == 2 * one == 4 * taken(torch.half, **usual)
+        )
+        assert taken(kept=True, **usual) == 3 * one
+        assert taken(**{**usual, "num_hidden_layers": 9}) == one
+        assert taken(hidden_size=128, intermediate_size=512) == 2 * one
+        assert one < taken(**{**usual, "intermediate_size": 257}) < 1.1 * one
+        assert one < taken(**{**usual, "hidden_size": 65}) < 1.1 * one
+        # Some models have a width for each layer, or do not say it.
+        assert taken(hidden_size=64) == one
+        assert taken(**{**usual, "intermediate_size": [1, 2]}) == one
+        assert taken() == taken(hidden_size=1024)
+        assert taken(kept=True) == 24 * taken()
+        assert memory_module.bytes_per_token(object()) == taken()
+
+    def test_the_memory_decides_how_many_sequences_go_at_once(
+        self, model, tokenizer, target, passes, monkeypatch
+    ):
+        """One at least, twice as many in twice the memory, never more than are fast."""
+        inp = TextTokenInput(PROMPT, tokenizer)
+        llm_attr = wrapped(FeatureAblation, model, tokenizer)
+        monkeypatch.setattr(sequences_module, "_IN_VAIN", 10**9)
+        widest = {}
+        for free in (0, 2**20, 2**21, 2**40):
+            monkeypatch.setattr(sequences_module, "free_bytes", lambda _, n=free: n)
+            passes.clear()
+            explained(llm_attr, inp, target, "fused")
+            widest[free] = max(shape[0] for shape in passes.passed)
+        assert widest[0] == 1
+        assert 1 < widest[2**20] < widest[2**21] <= 2 * widest[2**20] + 1
+        assert widest[2**21] < widest[2**40]
+        monkeypatch.setattr(sequences_module, "_ENOUGH_TOKENS", {"cpu": 1, "cuda": 1})
+        passes.clear()
+        explained(llm_attr, inp, target, "fused")
+        assert max(shape[0] for shape in passes.passed) == 1
+
+    def test_a_gpu_has_what_torch_holds_and_does_not_use_besides(self, monkeypatch):
+        """Torch keeps memory that tensors have left."""
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1000, 9000))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 500)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: 200)
+        assert memory_module.free_bytes(torch.device("cuda")) == 1300
+
+    def test_half_of_one_is_an_error(self, monkeypatch):
+        """Else it is rounded down; a GPU gives back what it holds in vain."""
+        emptied = []
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+        error, cpu = memory_module.OutOfMemory(), torch.device("cpu")
+        assert [memory_module.half(size, error, cpu) for size in (2, 3, 9)] == [1, 1, 4]
+        with pytest.raises(RuntimeError, match="one sequence must fit into memory"):
+            memory_module.half(1, error, cpu)
+        assert not emptied
+        assert memory_module.half(8, error, torch.device("cuda")) == 4
+        assert emptied == [1]
+
+    def test_errors_of_memory_are_told_from_others(self):
+        """By what every device says, whichever letters are large."""
+        for error in (
+            MemoryError(),
+            RuntimeError("HIP Out Of Memory"),
+            RuntimeError("x: can't allocate memory: y"),
+            RuntimeError("Not enough memory: 5 bytes"),
+        ):
+            with (
+                pytest.raises(memory_module.OutOfMemory) as caught,
+                memory_module.memory_errors(),
+            ):
+                raise error
+            assert caught.value.__cause__ is error
+            with (
+                pytest.raises(RuntimeError, match=r"one sequence must fit into memory"),
+                memory_module.first_pass(),
+            ):
+                raise error
+        for manager in (memory_module.memory_errors, memory_module.first_pass):
+            for other in (RuntimeError("no luck"), ValueError("out of memory")):
+                with pytest.raises(type(other)) as caught, manager():
+                    raise other
+                assert caught.value is other
 
 
 class TestInterrupts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -196,6 +198,41 @@ def test_signed_mass_may_cancel():
     frontier.add(1, [0, 1, 0, 0])
     assert frontier.pending.tolist() == [0.0, 0.0, 0.0]
     assert frontier.wanted(9).size == 0
+
+
+@pytest.mark.usefixtures("form")
+def test_mass_goes_on_along_rows_that_came_before_it():
+    """Half of the last row's goes by way of a row that was added first."""
+    frontier = Frontier(1, [0, 0, 0, 1], "positive", 0.0, hops=2)
+    frontier.add(1, [1, 1, 0, 0, 0])
+    frontier.add(3, [0, 1, 2, 1, 0])
+    assert frontier.pending.tolist() == [0.5, 0.0, 0.25, 0.0]
+
+
+def test_a_row_is_wanted_where_only_rounding_leaves_all_others():
+    """Summed one by one the mass is less than the tolerance, summed in pairs more."""
+    tolerance = float(np.nextafter(1.0, 0.0))
+    for seed in range(99):
+        weights = np.random.default_rng(seed).random(1000)
+        if np.sort(weights).cumsum()[-1] <= tolerance * weights.sum():
+            break
+    frontier = Frontier(1, weights, "positive", tolerance)
+    assert frontier.wanted(9).tolist() == [weights.argmax()]
+
+
+def test_the_triangle_is_stored_densely_up_to_a_size(monkeypatch):
+    """Beyond it, what is stored does not grow with its square."""
+    monkeypatch.setattr(module, "DENSE_ROWS", 1000)
+    taken = []
+    for size in (1000, 1001):
+        tracemalloc.start()
+        frontier = Frontier(1, np.ones(size), "positive", 0.0)
+        taken.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert frontier.pending.size == size
+    triangle = 1000 * 1001 / 2 * 8
+    assert triangle <= taken[0] < 1.1 * triangle
+    assert taken[1] < 0.1 * triangle
 
 
 def test_rows_are_taken_as_they_come():

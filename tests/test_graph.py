@@ -807,6 +807,7 @@ def test_numbers_out_of_range_are_refused(ask, error, message):
             r"groups: must be whole numbers, or lists.*group 0",
         ),
         ([0.0, 0.0, 1.0, 1.0], TypeError, r"groups: must be whole numbers, or lists"),
+        ([True, True, False, False], TypeError, r"groups: must be.*group 0 is bool"),
         (4, TypeError, r"groups: must be whole numbers, or lists.*int 4 came"),
     ],
 )
@@ -1151,7 +1152,7 @@ NO_ROW = np.array([[0.0] * 4, [0.0, -1.0, 0.0, 0.0]])
             ROWS,
             [1, 0],
             ValueError,
-            r"no entries, but row 1 \(unit 3\) has 2\. Pass the",
+            r"^kept: .*no entries, but row 1 \(unit 3\) has 2\. Pass the",
         ),
         (
             NO_ROW,
@@ -1423,10 +1424,11 @@ def test_blocks_are_the_rows_and_those_behind(case):
     """``blocks`` has the rows by which paths start, ``matrix`` those behind them."""
     graph = case.graph
     generated = graph.generated_units
-    for blocks, matrix in (
-        (graph.blocks(), case.first),
-        (graph.blocks_behind(), case.later),
+    for blocks, matrix, rows in (
+        (graph.blocks(), case.first, graph.normalized()),
+        (graph.blocks_behind(), case.later, graph.normalized(behind=True)),
     ):
+        assert_allclose(rows.toarray(), matrix[generated], rtol=0, atol=EXACT)
         to_sources, to_generated = blocks
         expected = matrix[generated][:, graph.source_units]
         assert_allclose(to_sources.toarray(), expected, rtol=0, atol=EXACT)
@@ -1537,6 +1539,18 @@ def test_parts_are_the_paths_of_either_sign(case):
         assert_array_equal(explained.positive, net)
         assert not explained.negative.any()
         assert not through.negative.any()
+
+
+def test_a_first_row_below_zero_is_negative_mass():
+    """Its sign is that of all paths which start by it."""
+    rows, plain = [[1, 0, 0], [0, -1, 0]], {1: [1, 0, 0]}
+    graph = AttributionGraph.from_rows(rows, 1, "signed", behind=plain)
+    for parts, expected in (
+        (graph.explain_parts([0, 1]), ([0.0], [1.0])),
+        (graph.throughput_parts([0, 1]), ([0.0, 1.0], [1.0, 0.0])),
+        (graph.marginal_parts(), ([[1.0], [0.0]], [[0.0], [1.0]])),
+    ):
+        assert tuple(part.tolist() for part in parts) == expected
 
 
 @settings(deadline=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
 import re
 
@@ -29,14 +30,19 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from captum_cage.inputs import (
     ChatTokenInput,
+    Continuation,
     PrefixedInput,
     Prompt,
+    RenderedChat,
     TokenIdsInput,
     baseline_id,
     extended_model_input,
+    message_at,
+    target_ids,
+    token_features,
     token_ids,
 )
-from captum_cage.text import decode, special_ids
+from captum_cage.text import TokenText, decode, special_ids
 from conftest import PROMPT, TARGET
 from tiny import CHAT_TEMPLATE, tiny_tokenizer
 
@@ -131,6 +137,44 @@ def masked_ids(draw):
     )
     baselines = draw(st.integers(0, 25) | st.lists(st.integers(0, 25), **each))
     return ids, mask, baselines
+
+
+class TestTargets:
+    """A generated text that is given."""
+
+    def test_a_text_or_its_ids(self, tokenizer):
+        """A text without special tokens, ids as they are."""
+        ids = tokenizer.encode(TARGET, add_special_tokens=False)
+        for target in (TARGET, ids, tuple(ids), np.array(ids), torch.tensor(ids)):
+            assert target_ids(target, tokenizer) == ids
+
+    @pytest.mark.parametrize("target", ["", [], torch.zeros(0, dtype=torch.long)])
+    def test_an_empty_one_is_refused(self, tokenizer, target):
+        """There is nothing to explain."""
+        with pytest.raises(ValueError, match="target: must have a token, but it is"):
+            target_ids(target, tokenizer)
+
+    @pytest.mark.parametrize("target", [None, 5, {"input_ids": [5]}])
+    def test_anything_else_is_refused(self, tokenizer, target):
+        """The message says what came."""
+        with pytest.raises(TypeError, match=r"target: must be a text, token ids or"):
+            target_ids(target, tokenizer)
+
+
+def test_a_unit_ends_where_a_trace_does():
+    """After the breaks that it has."""
+    text, every = TokenText("ab c", ((0, 2), (2, 4))), np.ones(2, bool)
+    trace = Continuation((5, 6), text, every, every, (2,), True)
+    assert trace.all_breaks == (2, 4)
+
+
+@pytest.mark.parametrize("kind", [Continuation, Prompt, RenderedChat])
+def test_what_was_read_cannot_be_changed(kind):
+    """A field is not set."""
+    one = object.__new__(kind)
+    for field in dataclasses.fields(kind):
+        with pytest.raises(dataclasses.FrozenInstanceError, match=field.name):
+            setattr(one, field.name, None)
 
 
 class TestTokenIdsInput:
@@ -266,6 +310,16 @@ class TestTokenIdsInput:
             [float(value) for value in expected], rel=1e-5
         )
         assert found.input_tokens == [" 3 … .", "Ana has"]
+
+    def test_pieces_of_a_character_are_labelled_beside_fixed_tokens_too(
+        self, tokenizer
+    ):
+        """Each by its number, whatever the tokens before them are."""
+        ids = tokenizer.encode("ab😀", add_special_tokens=False)
+        for fixed in range(len(ids)):
+            inp = TokenIdsInput(ids, tokenizer, [i >= fixed for i in range(len(ids))])
+            assert inp.values == inp.token_text.labels()[fixed:]
+        assert inp.values == ["😀[4/4]"]
 
     def test_unlabelled_is_the_same_without_texts(self):
         """For the loop, which needs no text of a million prefixes."""
@@ -628,6 +682,13 @@ class TestChatTokenInput:
         joined = ChatTokenInput([said("user", "ab"), said("user", "b")], tokenizer)
         assert joined.values == ["b", "b"]  # ":a" begins in the header
 
+    def test_a_token_without_text_belongs_to_no_message(self):
+        """Wherever it stands."""
+        contents = [(0, (0, 2)), (3, (2, 4))]
+        spans = [(0, 1), (1, 1), (1, 3), (2, 2), (3, 4), (4, 5)]
+        found = [message_at("ab c", span, contents) for span in spans]
+        assert found == [0, -1, 0, -1, 3, -1]
+
     def test_white_space_that_a_tokenizer_trims_is_shown(self):
         """RoBERTa's offsets leave it out; a label without it would be empty."""
         tokenizer = with_template(CHATML)
@@ -744,6 +805,15 @@ class TestChatTokenInput:
         messages = [{"role": "user", "content": "a"}]
         with pytest.raises(ValueError, match=rf"messages: must be such as .*{told}"):
             ChatTokenInput(messages, tiny_tokenizer(), chat_template=template)
+
+    def test_what_a_template_shows_apart_is_refused(self):
+        """The thought before the answer stands there, but not as in the content."""
+        tokenizer = with_template(
+            "{% set parts = messages[0].content.split('</think>') %}"
+            "{{ parts[1] }}. {{ parts[2] }}"
+        )
+        with pytest.raises(ValueError, match=r"messages\[0\]: the chat template must"):
+            ChatTokenInput([said("user", "one</think>two</think>six")], tokenizer)
 
     def test_a_template_that_counts_characters_is_refused(self):
         """The place that was found by marking the content is then another one."""
@@ -1127,6 +1197,48 @@ class TestPrefixedInputs:
         )
         found = prefixed.to_model_input(torch.tensor([[1, 0, 1, 0], [0, 1, 0, 1]]))
         assert found.tolist() == [[5, 3, 7, 4], [3, 6, 4, 8]]
+
+    def test_units_of_tokens_are_told_where_units_are_tokens(self, tokenizer):
+        """Of the prompt and of what was generated; -1 for tokens without a unit."""
+        plain = TokenIdsInput([5, 6], tokenizer)
+        groups = TokenIdsInput([5, 6, 9], tokenizer, [0, -1, 0])
+        for inp, sources, expected in (
+            (plain, [1, 0], ([5, 6, 7, 8], [1, 0, 2, -1])),
+            (plain, [-1, 0], ([5, 6, 7, 8], [-1, 0, 1, -1])),
+            (groups, [0], ([5, 6, 9, 7, 8], [0, -1, 0, 1, -1])),
+            (TextTemplateInput("{}", ["Ana"]), [0], None),
+        ):
+            prefixed = PrefixedInput(
+                Prompt.read(inp, tokenizer),
+                np.array(sources),
+                max(sources) + 1,
+                [7, 8],
+                np.array([0, -1]),
+                4,
+                tokenizer,
+            )
+            if expected is None:
+                assert prefixed.token_features is None
+                with pytest.raises(TypeError, match="features must be tokens or"):
+                    token_features(prefixed)
+                continue
+            ids, units = token_features(prefixed)
+            assert (ids, units.tolist()) == expected
+
+    @pytest.mark.parametrize("name", INPUTS)
+    def test_ids_are_whole_numbers_where_nothing_was_generated(self, name, tokenizer):
+        """A model looks them up."""
+        prompt = Prompt.read(INPUTS[name](tokenizer), tokenizer)
+        sources = np.arange(prompt.inp.n_itp_features)
+        if prompt.feature_of_token is not None:
+            sources = prompt.feature_of_token
+        none = np.zeros(0, np.int64)
+        prefixed = PrefixedInput(
+            prompt, sources, max(sources) + 1, [], none, 4, tokenizer
+        )
+        found = prefixed.to_model_input()
+        ids = found["input_ids"] if isinstance(found, dict) else found
+        assert ids.dtype == torch.long
 
     def test_a_mapping_keeps_its_other_entries(self, tokenizer):
         """The image is perturbed by its own input."""

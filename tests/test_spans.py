@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captum_cage.spans import explained_units, find_span
+from captum_cage.thinking import Part, Thinking
 from captum_cage.units import Unit
 
 TEXT = "She has 3 eggs. So 3 are sold, she sells 9.<eos>"
@@ -105,6 +106,27 @@ class TestPositions:
         """The message says what came and what to pass."""
         with pytest.raises(error, match=match):
             asked(explain)
+
+
+class TestParts:
+    """Questions about the thoughts or the answer."""
+
+    def test_a_part_means_the_units_it_touches(self):
+        """All of them, in the order of the text, each once."""
+        thinking = Thinking({Part.THINK: ((16, 24), (0, 3)), Part.ANSWER: ((30, 43),)})
+        for part, chosen in (
+            (Part.THINK, ["She", " So", " 3", " are"]),
+            (Part.ANSWER, [" she", " sells", " 9", "."]),
+        ):
+            found = explained_units(part, UNITS, TEXT, thinking)
+            assert [PIECES[i] for i in found] == chosen
+            assert found == tuple(sorted(found))
+
+    @pytest.mark.parametrize("thinking", [None, Thinking.none()])
+    def test_a_part_that_is_not_marked_is_refused(self, thinking):
+        """With the end of the text, where it may be looked for."""
+        with pytest.raises(ValueError, match=r"no answer was found in '.*9\.<eos>'"):
+            explained_units(Part.ANSWER, UNITS, TEXT, thinking)
 
 
 class TestTexts:
@@ -215,6 +237,21 @@ class TestTexts:
         """Eighty characters say enough."""
         with pytest.raises(ValueError, match=r"It reads: 'a{80}\.\.\.'\. Pass"):
             find_span("b", "a" * 81)
+        with pytest.raises(ValueError, match=r"It reads: 'a{80}'\. Pass"):
+            find_span("b", "a" * 80)
+
+    def test_white_space_that_a_pattern_also_matches_does_not_count(self):
+        """The last match that shows something does, without units, too."""
+        assert find_span(re.compile("[0-9 ]+"), "a 12 b ") == (1, 5)
+        assert find_span(re.compile("[0-9]*"), "a 12 b") == (2, 4)
+
+    def test_an_occurrence_within_a_unit_goes_first(self):
+        """In a trace, others stand in turns from outside; else the last counts."""
+        text, units = "a 1, a 1, a 1", [Unit("a 1", True, (5, 8))]
+        for explain in ("1", re.compile("[0-9]")):
+            assert find_span(explain, text, units) == (7, 8)
+            assert find_span(explain, text) == (12, 13)
+            assert explained_units(explain, units, text) == (0,)
 
     def test_a_text_without_a_unit_is_refused(self):
         """Some units have no range."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.testing import assert_array_equal
 
 from captum_cage.text import TokenText, read_tokens, sentence_spans, word_spans
-from captum_cage.units import FIXED, Unit, group_tokens, split_units
+from captum_cage.units import FIXED, Unit, group_tokens, split_ranges, split_units
 from tiny import tiny_tokenizer
 
 PIECES = st.sampled_from(
@@ -274,6 +275,21 @@ class TestNamedUnits:
         assert texts(units) == ["I am", "3 or", "4."]
         assert units.groups.tolist() == [0, 0, 1, 1, 1, 2, 2]
 
+    @pytest.mark.parametrize("name", ["word", "sentence"])
+    def test_white_space_that_begins_a_text_goes_with_what_follows(self, name):
+        """Not with what stands at the end."""
+        tokens = spelled(" ", "He", " came.", " So", " it")
+        found = group_tokens(tokens, name, generated=True).groups.tolist()
+        assert found[0] == found[1] == 0
+        assert found[-1] > 0
+
+    def test_breaks_come_in_any_order(self):
+        """Each ends a unit."""
+        tokens = spelled("a", "b", "c", "d")
+        for breaks in itertools.permutations((1, 2, 3)):
+            found = group_tokens(tokens, lambda _: [], generated=True, breaks=breaks)
+            assert found.groups.tolist() == [0, 1, 2, 3]
+
     @pytest.mark.parametrize("name", ["token", "word", "sentence"])
     def test_no_tokens_make_no_units(self, name):
         """An empty text, or one of fixed tokens only."""
@@ -398,6 +414,18 @@ class TestOwnUnits:
             )
 
 
+def test_a_unit_of_numpy_s_values_has_python_s():
+    """JSON takes them."""
+    span = (np.int64(0), np.int64(1))
+    unit = Unit(np.str_("a"), np.bool_(True), span, np.bool_(False))
+    values = [unit.text, unit.generated, *unit.span, unit.special]
+    assert [type(value) for value in values] == [str, bool, int, int, bool]
+    assert json.dumps(values) == '["a", true, 0, 1, false]'
+    assert unit == Unit("a", True, (0, 1))
+    assert Unit("a", False, None).span is None
+    assert Unit("a", False, None).special is False
+
+
 class TestSplitUnits:
     """The granularity of each side."""
 
@@ -410,6 +438,16 @@ class TestSplitUnits:
         """They are cut at the end of the prompt later; NumPy integers will do."""
         sides = split_units(np.array([[3, 5], [0, 2]]))
         assert sides == {"source": None, "generated": None, "both": [(0, 2), (3, 5)]}
+
+    def test_ranges_are_cut_at_the_end_of_the_prompt(self):
+        """Those after it count in the generated text; none reaches across."""
+        ranges = [(0, 2), (2, 5), (5, 7), (8, 9)]
+        assert split_ranges(ranges, 5) == ([(0, 2), (2, 5)], [(0, 2), (3, 4)])
+        assert split_ranges(ranges, 0) == ([], ranges)
+        assert split_ranges(ranges, 9) == (ranges, [])
+        match = r"reach across the end of the prompt, at 3, but \(2, 5\) came\. Cut it"
+        with pytest.raises(ValueError, match=match):
+            split_ranges(ranges, 3)
 
     def test_a_mapping_has_a_granularity_for_each_side(self):
         """Ranges there count within that side's text."""
