@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -130,8 +131,11 @@ class CausalModel:
         if self._head is None:
             return _chosen(_three(call(**arguments).logits), chosen, kept)
         caught: list[Tensor] = []
+        mine = threading.get_ident()
 
-        def catch(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        def catch(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if threading.get_ident() != mine:
+                return None  # somebody else uses the model meanwhile
             caught.append(args[0])
             return (args[0][:, -1:], *args[1:])
 
@@ -146,6 +150,11 @@ class CausalModel:
                 self._head_checked = True
                 return _chosen(states, chosen, kept)
         # Engines make their first pass without a cache, which such a pass would fill.
+        if cache is not None:
+            raise RuntimeError(
+                f"{type(self.model).__name__} went through its output layer in another "
+                "way than at its first pass. Use strategy='loop'."
+            )
         self._head = None
         return self.states(inputs, keep, direct=direct)
 

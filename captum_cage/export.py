@@ -7,7 +7,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,7 +88,21 @@ def to_frame(result: Explanation) -> Any:
             "to_frame: a data frame needs pandas. Install it by "
             "`pip install captum-cage[pandas]`, or call captum_cage.export.to_columns."
         ) from error
-    return pd.DataFrame(to_columns(result))
+    return pd.DataFrame(
+        {
+            # Arrow, which keeps the texts of pandas, has no half surrogate pairs.
+            name: values if _is_encodable(values) else pd.Series(values, dtype=object)
+            for name, values in to_columns(result).items()
+        }
+    )
+
+
+def _is_encodable(values: Sequence[Any]) -> bool:
+    try:
+        "".join(one for one in values if isinstance(one, str)).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def to_csv(result: Explanation, path: str | os.PathLike[str]) -> None:

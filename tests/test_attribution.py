@@ -468,7 +468,7 @@ def test_exact_shapley_values_on_many_units_are_refused(untouched, tokenizer, in
 @pytest.mark.parametrize("number", [374, -1, 10**6])
 def test_ids_out_of_the_vocabulary_are_refused(idle, inp, number):
     """They would fail deep in the embedding, or not at all."""
-    with pytest.raises(ValueError, match=f"target: .* of 374.*id {number} came"):
+    with pytest.raises(ValueError, match=f"target: .* {number} came"):
         idle.attribute(inp, [5, number])
 
 

@@ -7,7 +7,8 @@ from captum_cage.batch.run import BACKENDS
 def test_it_exports_what_a_user_needs():
     """The function has the name of its module, and stands before it."""
     assert set(batch.__all__) == {
-        *("BatchReport", "Example", "Explained", "Failure", "results", "run")
+        *("BatchReport", "Example", "Explained", "Failure", "RayCluster"),
+        *("results", "run"),
     }
     assert callable(batch.run)
-    assert "local" in BACKENDS
+    assert {*BACKENDS} == {"local", "ray"}

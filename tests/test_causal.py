@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -189,3 +191,43 @@ def test_the_model_s_hooks_are_as_before_after_an_error(model):
     with pytest.raises(IndexError):
         passes.states({"input_ids": torch.tensor([[99999]])}, torch.tensor([0]))
     assert not model.get_output_embeddings()._forward_pre_hooks
+
+
+def test_what_another_thread_asks_meanwhile_is_neither_seen_nor_changed(fresh_model):
+    """Whoever uses the model without the package gets all logits, and disturbs none."""
+    passes, found = read(fresh_model), []
+    keep = torch.tensor([2, 7])
+    with torch.no_grad():
+        expected = passes.states({"input_ids": IDS}, keep)
+        plain = fresh_model(IDS.flip(1)).logits
+
+        def meanwhile(*_):
+            handle.remove()
+
+            def ask():
+                with torch.no_grad():
+                    found.append(fresh_model(IDS.flip(1)).logits)
+
+            other = threading.Thread(target=ask)
+            other.start()
+            other.join()
+
+        handle = fresh_model.model.layers[0].register_forward_pre_hook(meanwhile)
+        assert torch.equal(passes.states({"input_ids": IDS}, keep), expected)
+    assert torch.equal(found[0], plain)
+
+
+def test_a_pass_with_a_cache_is_not_made_twice(fresh_model, monkeypatch):
+    """Keys and values would stand in the cache twice, and every number be wrong."""
+    passes, head = read(fresh_model), fresh_model.lm_head
+    plain = type(fresh_model).forward
+
+    def twice(self, *args, **kwargs):
+        head(torch.zeros(1, 1, head.in_features))
+        return plain(self, *args, **kwargs)
+
+    with torch.no_grad():
+        passes.states({"input_ids": IDS}, torch.tensor([7]))
+        monkeypatch.setattr(type(fresh_model), "forward", twice)
+        with pytest.raises(RuntimeError, match=r"output layer.*strategy='loop'"):
+            passes.states({"input_ids": IDS}, torch.tensor([7]), cache=DynamicCache())

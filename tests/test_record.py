@@ -193,16 +193,17 @@ def test_two_halves_of_a_pair_stay_two_characters(suffix, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_nests_too_deep_is_refused(suffix, tmp_path):
+def test_what_nests_too_deep_is_refused(suffix, tmp_path, monkeypatch):
     """In what is read as it is, too."""
-    deep, path = 1, tmp_path / f"file{suffix}"
-    for _ in range(950):
-        deep = [deep]
-    header = json.dumps({**header_of(made()), "meta": "M"})
+    path, plain = tmp_path / f"file{suffix}", json.dumps
+    deep = '{"deep": ' + 950 * "[" + "1" + 950 * "]" + "}"
     if suffix == ".json":
-        header = json.dumps({**made().to_dict(), "meta": "M"})
-        path.write_text(header.replace('"M"', json.dumps({"deep": deep})))
+        header = plain({**made().to_dict(), "meta": "M"})
+        path.write_text(header.replace('"M"', deep))
     else:
-        write(path, {**header_of(made()), "meta": {"deep": deep}}, arrays_of(made()))
+        header, arrays = {**header_of(made()), "meta": "M"}, arrays_of(made())
+        with monkeypatch.context() as patched:
+            patched.setattr(json, "dumps", lambda o: plain(o).replace('"M"', deep))
+            write(path, header, arrays)
     with contextlib.suppress(ValueError):
         GraphAttributionResult.load(path)
