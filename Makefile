@@ -81,10 +81,10 @@ docs: $(STAMP) ## the site, in build/site; examples are run, links followed, pic
 gallery: $(STAMP) ## docs/gallery is made anew
 	$(TEST_ENV) $(BIN)/python docs/gallery/make.py
 
-bench-smoke: $(STAMP) ## every benchmark in its smallest size
-	@set -e; for benchmark in benchmarks/[!_]*.py; do \
-	  echo "== $$benchmark --smoke"; $(BIN)/python $$benchmark --smoke; \
-	done
+bench-smoke: $(STAMP) ## every benchmark in its smallest size, two at a time
+	@ls benchmarks/[!_]*.py | $(TEST_ENV) xargs -P 2 -n 1 sh -c ' \
+	  out=$$($(BIN)/python "$$0" --smoke 2>&1); failed=$$?; \
+	  printf "== %s --smoke\n%s\n" "$$0" "$$out"; exit $$failed'
 
 # The wheel is made by way of the source archive and installed beside .venv, whose
 # packages it sees through a path file; path files in .venv itself, the editable install
