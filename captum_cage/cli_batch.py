@@ -18,7 +18,7 @@ from captum.attr import InterpretableInput
 from rich.table import Table
 
 from captum_cage.attribution import GraphContextAttribution
-from captum_cage.batch import BatchReport, Example, Failure, run
+from captum_cage.batch import BatchReport, Example, Failure, RayCluster, run
 from captum_cage.batch.directory import Directory
 from captum_cage.batch.examples import digest, given, total
 from captum_cage.cli_models import (
@@ -169,7 +169,7 @@ class _Maker:
         place = self.device
         worker = os.environ.get("CAPTUM_CAGE_WORKER")
         if place == "cuda" and worker is not None:
-            place = f"cuda:{int(worker) % torch.cuda.device_count()}"
+            place = f"cuda:{int(worker) % max(1, torch.cuda.device_count())}"
         network, tokenizer = load_model(
             self.model, place, self.dtype, self.trust_remote_code
         )
@@ -239,7 +239,7 @@ def batch(
         typer.Option(
             "--backend",
             help="Where the workers are: local for this machine, ray for a cluster of "
-            "Ray.",
+            "Ray, where each takes a GPU if the model goes to one.",
         ),
     ] = Backend.local,
     dry_run: DryRunOption = False,
@@ -307,7 +307,7 @@ def batch(
             maker,
             file,
             out,
-            backend=backend.value,
+            backend=_backend(backend, maker.device),
             workers=workers,
             strict=strict,
             retry_failed=retry_failed,
@@ -324,6 +324,13 @@ def batch(
         stdout_console(width).print(_summary(report))
     if report.failed:
         raise typer.Exit(SOME_FAILED)
+
+
+def _backend(backend: Backend, device: str) -> str | RayCluster:
+    """Where the workers are; Ray shows a worker the GPUs that it asks for."""
+    if backend is Backend.ray and device == "cuda":
+        return RayCluster(num_gpus=1)
+    return backend.value
 
 
 def _numbers(report: BatchReport) -> dict[str, Any]:

@@ -42,7 +42,9 @@ def rows_depend_on(task: RowTask) -> dict[str, str]:
         "the model's config": _config_digest(model),
         "the model's weights": model_digest(model),
         "the base method": base_method(llm_attr),
-        "the base method's settings": digest(_settings(method, model)),
+        "the base method's settings": digest(
+            [_settings(method, model), getattr(method, "multiplies_by_inputs", None)]
+        ),
         "the attributed quantity": str(getattr(llm_attr, "attr_target", "log_prob")),
         "the prompt's ids": digest(prompt.ids),
         "the input": digest([type(prompt.inp).__name__, _settings(prompt.inp, model)]),

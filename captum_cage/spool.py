@@ -40,10 +40,12 @@ from captum_cage.streamed import RawRow, StreamedGraph
 
 __all__ = [
     "SPOOL_VERSION",
+    "OtherRows",
     "RowSpool",
     "SpooledRows",
     "StoredRow",
     "folder_of",
+    "has_rows",
     "header_in",
     "rows_in",
 ]
@@ -68,6 +70,10 @@ _LISTED, _WHOLE = 1, 2  # form: units are listed; a value not given is zero
 _MOST_UNITS = 2**31 - 1
 _MOST_HEADER = 2**30
 _REMEDY = "Name another folder, or delete this one to begin anew."
+
+
+class OtherRows(ValueError):
+    """A folder holds rows of another explanation, damaged ones, or something else."""
 
 
 class _Record(NamedTuple):
@@ -182,8 +188,8 @@ def _entries(
     return values, units
 
 
-def _damaged(where: str, came: str) -> ValueError:
-    return ValueError(
+def _damaged(where: str, came: str) -> OtherRows:
+    return OtherRows(
         complaint(where, "must hold rows as they were written", came, _REMEDY)
     )
 
@@ -235,7 +241,7 @@ class RowSpool:
 
         Raises:
             TypeError: if ``folder`` is no path.
-            ValueError: if the folder holds something else, rows of another explanation,
+            OtherRows: if the folder holds something else, rows of another explanation,
                 which the error names, or damaged ones.
             OSError: if it cannot be written, or another process writes to it.
         """
@@ -509,11 +515,11 @@ def header_in(data: str | bytes, where: str = "spool") -> dict[str, Any]:
         header = json.loads(data)
     except (ValueError, RecursionError) as error:
         came = "its header is no JSON"
-        raise ValueError(complaint(where, must, came, _REMEDY)) from error
+        raise OtherRows(complaint(where, must, came, _REMEDY)) from error
     if not isinstance(header, dict) or header.get("format") != _FORMAT:
-        raise ValueError(complaint(where, must, "it is something else", _REMEDY))
+        raise OtherRows(complaint(where, must, "it is something else", _REMEDY))
     if header.get("version") != SPOOL_VERSION:
-        raise ValueError(
+        raise OtherRows(
             complaint(
                 where,
                 f"must be a spool of format version {SPOOL_VERSION}",
@@ -522,7 +528,7 @@ def header_in(data: str | bytes, where: str = "spool") -> dict[str, Any]:
             )
         )
     if not _is_whole(header):
-        raise ValueError(complaint(where, must, "its header is damaged", _REMEDY))
+        raise OtherRows(complaint(where, must, "its header is damaged", _REMEDY))
     return header
 
 
@@ -575,7 +581,7 @@ def _check_same(
     for name in differ[:1]:
         values = [given.get(name, "nothing") for given in (theirs, ours)]
         several = ", ".join(differ)
-        raise ValueError(
+        raise OtherRows(
             complaint(
                 "spool",
                 "must hold rows of the same model, text and settings",
@@ -593,7 +599,7 @@ def _check_free(folder: Path) -> None:
     # A process that was killed while it wrote the header left a part of it.
     other = [name for name in other if not name.endswith(".partial")]
     if other:
-        raise ValueError(
+        raise OtherRows(
             complaint(
                 "spool",
                 "must name a folder that holds a spool, or nothing",
@@ -601,6 +607,12 @@ def _check_free(folder: Path) -> None:
                 "Name another folder.",
             )
         )
+
+
+def has_rows(folder: Path) -> bool:
+    """Whether a folder holds rows, whatever they belong to."""
+    rows = folder / _ROWS
+    return rows.exists() and rows.stat().st_size > 0
 
 
 def folder_of(where: str, folder: Any) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from captum_cage import GraphContextAttribution
-from captum_cage.batch import local
+from captum_cage.batch import local, worker
 from captum_cage.batch.directory import Directory
 from captum_cage.batch.examples import given
 from captum_cage.batch.local import Processes, Task
@@ -107,6 +107,15 @@ def test_what_stops_a_worker_stops_the_batch(out, tmp_path):
         list(pool.map(tasks))
     pool.close()
     assert not any(process.is_alive() for process in processes)
+
+
+def test_a_worker_that_lost_its_device_is_replaced(out, tmp_path, monkeypatch):
+    """The example is a failure, and the next ones are done."""
+    for module in (local, worker):
+        monkeypatch.setattr(module, "LOST_DEVICE", (OSError,))
+    job = Job(functools.partial(mortal, tmp_path / "log"), out)
+    found = done_by(job, 1, [{"prompt": "Stop", "target": " 7"}, *RECORDS[:2]])
+    assert [one.status for one in found.values()] == ["failed", "done", "done"]
 
 
 def test_a_worker_that_cannot_start_is_told(out):

@@ -1,7 +1,6 @@
 """Many examples: each is explained once, whatever happens, and equal to one alone."""
 
 import errno
-import inspect
 import os
 import random
 import re
@@ -24,6 +23,8 @@ from tqdm import tqdm
 
 from captum_cage import GraphContextAttribution, batch
 from captum_cage.batch.directory import Directory
+from captum_cage.batch.examples import given
+from captum_cage.batch.local import ThisProcess
 from tiny import tiny_cage
 
 RECORDS = [
@@ -97,6 +98,56 @@ class TestRun:
         assert (report.done, report.skipped) == (2, 1)
         assert len(calls) == 4
         assert len(list(batch.results(tmp_path))) == 4
+
+    def test_where_examples_stand_is_what_the_last_whole_run_found(
+        self, cage, tmp_path
+    ):
+        """So that an input that was put in order has no rows twice."""
+        batch.run(cage, RECORDS[:3], tmp_path)
+        table = batch.run(cage, RECORDS[2:0:-1], tmp_path).table().to_pandas()
+        assert not table.duplicated(["key", "unit"]).any()
+        found = table.groupby("id")["position"].first().to_dict()
+        assert found == {"0": 0, "1": 1, "2": 0}
+
+    def test_names_that_are_no_utf8_do_not_spoil_the_table(self, cage, tmp_path):
+        """Half a surrogate pair is written out."""
+        records = [{**RECORDS[0], "id": "\ud800", "x\udfff": 1}, {"id": "\ud801"}]
+        report = batch.run(cage, records, tmp_path)
+        assert (report.done, report.errors[0].id) == (1, "\\ud801")
+        assert set(report.table()["id"].to_pylist()) == {"\\ud800"}
+        assert set(report.table()["meta.x\\udfff"].to_pylist()) == {1}
+
+    def test_a_result_that_was_cut_short_is_made_again(self, cage, tmp_path):
+        """By no kill of ours, but by a copy that did not end."""
+        batch.run(cage, RECORDS[:2], tmp_path)
+        expected = arrays(tmp_path)
+        one, other = (tmp_path / "results").iterdir()
+        one.write_bytes(one.read_bytes()[:-30])
+        other.write_bytes(b"")
+        assert list(batch.results(tmp_path)) == []
+        assert batch.run(cage, RECORDS[:2], tmp_path).done == 2
+        assert arrays(tmp_path) == expected
+
+    def test_what_a_kill_left_of_finished_examples_goes(self, cage, tmp_path):
+        """Between the result and the end of its rows; what others do stays."""
+        batch.run(cage, RECORDS[:1], tmp_path)
+        directory = Directory(tmp_path)
+        (key,) = (path.stem for path in (tmp_path / "results").iterdir())
+        other = "f" * 32
+        for name in (key, other):
+            directory.spool(name).mkdir()
+            (tmp_path / "saving" / name).mkdir()
+        directory.error_file(key).write_text("{}")
+        batch.run(cage, RECORDS[:1], tmp_path)
+        assert list((tmp_path / "rows").iterdir()) == [directory.spool(other)]
+        assert [one.name for one in (tmp_path / "saving").iterdir()] == [other]
+        assert list((tmp_path / "errors").iterdir()) == []
+
+    def test_a_result_says_how_large_it_may_be(self, cage, tmp_path):
+        """As a saved one does."""
+        (one,) = batch.run(cage, RECORDS[:1], tmp_path).results()
+        with pytest.raises(ValueError, match="at most 100 bytes"):
+            one.load(limit=100)
 
     def test_an_example_that_comes_again_is_explained_once(self, cage, tmp_path, calls):
         """It has its rows at each place; a failed one fails at each."""
@@ -308,8 +359,6 @@ class TestFaults:
         self, cage, tmp_path, monkeypatch
     ):
         """They lie on the disk, not in memory, until the example is finished."""
-        if "spool" not in inspect.signature(cage.attribute).parameters:
-            pytest.skip("attribute keeps no rows on the disk")
         rows = []
         real = FeatureAblation.attribute
 
@@ -329,6 +378,49 @@ class TestFaults:
         batch.run(cage, [record], tmp_path / "b", strategy="loop")
         assert arrays(tmp_path / "a") == arrays(tmp_path / "b")
         assert list((tmp_path / "a" / "rows").iterdir()) == []
+
+    def test_rows_of_an_example_that_failed_are_not_computed_again(
+        self, cage, tmp_path, monkeypatch
+    ):
+        """They stay for the next trial."""
+        rows = []
+        real = FeatureAblation.attribute
+
+        def attribute(self, inputs, *args, **kwargs):
+            rows.append(inputs)
+            if len(rows) == 4:
+                raise ConnectionError("no answer")
+            return real(self, inputs, *args, **kwargs)
+
+        record = {"prompt": "Ana has 3 pens.", "target": [20, 21, 22, 23, 24, 25]}
+        monkeypatch.setattr(FeatureAblation, "attribute", attribute)
+        for status in ({"failed": 1}, {"done": 1}):
+            report = batch.run(
+                cage, [record], tmp_path, strategy="loop", retry_failed=True
+            )
+            assert vars(report).items() >= status.items()
+        assert len(rows) == 6 + 1
+        assert list((tmp_path / "rows").iterdir()) == []
+
+    def test_workers_that_hold_claims_do_not_wait_for_themselves(self, cage, tmp_path):
+        """The error of what cannot be read is kept at the end."""
+
+        class Holding(ThisProcess):
+            def map(self, tasks):
+                """What it does while it has the claim of the line."""
+                with Directory(tmp_path).claim(bad.key) as ours:
+                    assert ours
+                    yield from super().map(tasks)
+
+        (bad,) = given([{"id": "bad"}])
+        report = batch.run(
+            cage,
+            [RECORDS[0], {"id": "bad"}, RECORDS[1]],
+            tmp_path,
+            backend=lambda job, _: Holding(job),
+        )
+        assert (report.done, report.failed) == (2, 1)
+        assert Directory(tmp_path).failure(bad.key) == report.errors[0]
 
     def test_an_input_that_breaks_is_the_users(self, cage, tmp_path):
         """Its error comes through, and what was finished stays."""

@@ -14,12 +14,15 @@ from captum.attr import (
     LLMGradientAttribution,
     TextTokenInput,
 )
+from filelock import FileLock
 
 from captum_cage import GraphContextAttribution
+from captum_cage.batch import worker as batch_worker
 from captum_cage.batch.directory import Directory, Failure
 from captum_cage.batch.examples import given
 from captum_cage.batch.worker import Job, Worker, seeded, settings_of
 from captum_cage.methods import CLime
+from captum_cage.spool import OtherRows
 from tiny import tiny_cage, tiny_model
 
 ONE = {"prompt": "Ana has 3 pens.", "target": " Mia has 7.", "explain": "7"}
@@ -113,6 +116,22 @@ class TestWorker:
         monkeypatch.undo()
         assert worker.explain(first(ONE)).status == "done"
 
+    def test_a_device_that_is_lost_stops_at_an_example_once(self, worker, monkeypatch):
+        """It is a failure of the example, too, so that the next run gets past it."""
+
+        class Lost(RuntimeError):
+            pass
+
+        def fail(*_, **__):
+            raise Lost("device-side assert triggered")
+
+        monkeypatch.setattr(batch_worker, "LOST_DEVICE", (Lost,))
+        monkeypatch.setattr(GraphContextAttribution, "attribute", fail)
+        with pytest.raises(Lost):
+            worker.explain(first(ONE))
+        monkeypatch.undo()
+        assert worker.explain(first(ONE)).failure.type == "Lost"
+
     def test_a_connection_that_fails_is_a_failure(self, worker, monkeypatch):
         """An OSError, too, but none of the disk."""
 
@@ -161,7 +180,7 @@ class TestSpool:
             made.append(spool)
             if spool is not None:
                 if (spool / "damaged").exists():
-                    raise ValueError("other rows")
+                    raise OtherRows("other rows")
                 spool.mkdir()
             return real(self, inp, target, **kwargs)
 
@@ -183,6 +202,14 @@ class TestSpool:
         (spool / "damaged").touch()
         assert worker.explain(one).status == "done"
         assert calls == [spool, spool]
+
+    def test_rows_that_another_one_still_writes_are_left_to_it(self, worker):
+        """It may be of a driver that was killed; the example is no failure."""
+        one = first(ONE)
+        spool = worker.directory.spool(one.key)
+        spool.mkdir()
+        with FileLock(spool / "lock"):
+            assert worker.explain(one).status == "done"
 
     def test_rows_of_methods_that_draw_are_not_kept(
         self, model, tokenizer, tmp_path, calls
@@ -219,6 +246,25 @@ class TestSettings:
             of(network, {}, normalization="absolute"),
         ]
         assert all(one != base for one in others)
+
+    def test_what_is_attributed_counts(self, model, tokenizer):
+        """Probabilities or their logarithms, gradients or their products."""
+        method = FeatureAblation(model)
+        found = [
+            LLMAttribution(method, tokenizer, attr_target=name)
+            for name in ("log_prob", "prob")
+        ]
+        layer = model.get_input_embeddings()
+        found += [
+            LLMGradientAttribution(
+                LayerIntegratedGradients(model, layer, multiply_by_inputs=multiplies),
+                tokenizer,
+            )
+            for multiplies in (True, False)
+        ]
+        said = [settings_of(GraphContextAttribution(one), {}, 0) for one in found]
+        assert said[0] != said[1]
+        assert said[2] != said[3]
 
     def test_layers_and_second_models_of_a_method_count(self, model, tokenizer):
         """A layer by its name, another model by its weights."""

@@ -95,6 +95,12 @@ class TestRun:
         }
         assert len(keys) == 4
 
+    def test_a_worker_of_ray_asks_for_the_gpu_that_it_uses(self):
+        """Ray hides those that nobody asked for."""
+        assert cli_batch._backend(cli_batch.Backend.ray, "cuda").num_gpus == 1
+        assert cli_batch._backend(cli_batch.Backend.ray, "cpu") == "ray"
+        assert cli_batch._backend(cli_batch.Backend.local, "cuda") == "local"
+
     def test_an_interrupt_says_how_to_go_on(self, folder, monkeypatch):
         """Exit code 130."""
 

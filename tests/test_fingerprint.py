@@ -8,7 +8,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from captum.attr import FeatureAblation, Lime, LLMAttribution, TextTokenInput
+from captum.attr import (
+    FeatureAblation,
+    LayerIntegratedGradients,
+    Lime,
+    LLMAttribution,
+    LLMGradientAttribution,
+    TextTokenInput,
+)
 from PIL import Image
 from torch import nn
 
@@ -106,3 +113,16 @@ class TestRows:
         assert other["the served model"] != after["the served model"]
         assert after["the base method"] != before["the base method"]
         assert rows_depend_on(ablated(model, tokenizer)) == before
+
+    def test_gradients_alone_are_other_rows(self, tokenizer):
+        """Than their products with what they are of."""
+        model = tiny_model(vocab_size=len(tokenizer))
+        found = []
+        for multiplies in (True, False):
+            method = LayerIntegratedGradients(
+                model, model.get_input_embeddings(), multiply_by_inputs=multiplies
+            )
+            llm_attr = LLMGradientAttribution(method, tokenizer)
+            inp = TextTokenInput(PROMPT, tokenizer)
+            found.append(rows_depend_on(task_of(llm_attr, inp, [5, 6, 7])))
+        assert found[0] != found[1]

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -18,6 +19,7 @@ from filelock import FileLock, Timeout
 from captum_cage._checks import complaint, shown
 from captum_cage.batch.table import score_columns, write_part
 from captum_cage.result import GraphAttributionResult
+from captum_cage.spool import has_rows
 
 __all__ = [
     "FORMAT_VERSION",
@@ -314,8 +316,8 @@ class Directory:
         return self.path / "rows" / _key(key)
 
     def is_done(self, key: str) -> bool:
-        """Whether its result is there."""
-        return self.result_file(key).exists()
+        """Whether its result is there; a file that was cut short is none."""
+        return zipfile.is_zipfile(self.result_file(key))  # looks at its end
 
     def failure(self, key: str) -> Failure | None:
         """Why it has no result, if that is known.
@@ -369,6 +371,8 @@ class Directory:
     def fail(self, failure: Failure) -> None:
         """Keep the error of an example; whoever calls holds the claim.
 
+        The rows that were finished stay, for another trial.
+
         Raises:
             OSError: if it cannot be written.
         """
@@ -376,7 +380,8 @@ class Directory:
         with self._saving(failure.key) as folder:
             (folder / "error.json").write_text(text + "\n", encoding="ascii")
             _put(folder / "error.json", self.error_file(failure.key))
-        shutil.rmtree(self.spool(failure.key), ignore_errors=True)
+        if not has_rows(self.spool(failure.key)):
+            shutil.rmtree(self.spool(failure.key), ignore_errors=True)
 
     @contextmanager
     def _saving(self, key: str) -> Iterator[Path]:
@@ -390,6 +395,18 @@ class Directory:
             shutil.rmtree(folder, ignore_errors=True)
 
     # --- all of it ---
+
+    def tidy(self) -> None:
+        """Remove what a kill left of examples that are done."""
+        for folder, suffix in (("rows", ""), ("saving", ""), ("errors", ".json")):
+            for key in _stems(self.path / folder, suffix):
+                if not _KEY.fullmatch(key) or not self.is_done(key):
+                    continue
+                with self.claim(key) as ours:
+                    if ours:
+                        self.error_file(key).unlink(missing_ok=True)
+                        shutil.rmtree(self.spool(key), ignore_errors=True)
+                        shutil.rmtree(self.path / "saving" / key, ignore_errors=True)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -440,10 +457,17 @@ class Directory:
             )
         return found.versions
 
-    def noted(self, places: Mapping[str, Iterable[Place]]) -> Manifest:
+    def noted(
+        self, places: Mapping[str, Iterable[Place]], *, whole: bool = False
+    ) -> Manifest:
         """The manifest, with these examples and what became of each; written, too.
 
         Whoever calls is alone.
+
+        Args:
+            places: where each example stands, by its hash.
+            whole: whether these are all the places of the input, so that those where
+                these examples stood in another one are forgotten.
 
         Raises:
             ValueError: if the manifest is damaged or missing.
@@ -457,6 +481,8 @@ class Directory:
         inputs = {}
         for key in {**found.inputs, **places}:
             known = found.inputs[key].places if key in found.inputs else ()
+            if whole and key in places:
+                known = ()
             all_of_it = {(p.position, p.id): p for p in (*known, *places.get(key, ()))}
             status = "done" if key in done else "failed" if key in failed else "open"
             inputs[key] = Input(status, tuple(all_of_it[n] for n in all_of_it))

@@ -26,9 +26,9 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+import transformers
 from captum.attr import InterpretableInput, TextTokenInput
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from captum_cage._checks import complaint, shown
 from captum_cage.inputs import ChatTokenInput, checked_messages
@@ -131,7 +131,7 @@ class Example:
     def scalars(self) -> dict[str, str | int | float | bool | None]:
         """What of ``meta`` fits into a table or JSON."""
         return {
-            str(name): plain
+            _paired(str(name)): plain
             for name, value in self.meta.items()
             for plain in [_scalar(value)]
             if plain is not None or value is None
@@ -334,7 +334,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
 def _scalar(value: Any) -> str | int | float | bool | None:
     """A value as JSON and a table hold it; None for what is no scalar."""
     if isinstance(value, str):
-        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+        return _paired(value)
     if isinstance(value, bool | np.bool_):
         return bool(value)
     if isinstance(value, Integral):
@@ -343,6 +343,11 @@ def _scalar(value: Any) -> str | int | float | bool | None:
     if isinstance(value, Real):
         return float(value) if np.isfinite(float(value)) else None
     return None
+
+
+def _paired(text: str) -> str:
+    """A text as UTF-8 can hold it: half a surrogate pair is written out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _no_number(constant: str) -> float:
@@ -415,7 +420,7 @@ def _encoded_object(value: Any) -> bytes:
         return _encoded([name, str(value.dtype), shape, content])
     if isinstance(value, np.ndarray) and value.dtype.kind != "O":
         return _encoded([name, str(value.dtype), list(value.shape), value.tobytes()])
-    if isinstance(value, PreTrainedTokenizerBase):
+    if isinstance(value, transformers.PreTrainedTokenizerBase):
         return _encoded([name])  # the settings know the tokenizer
     if isinstance(value, partial):
         return _encoded([name, value.func, value.args, value.keywords])
@@ -597,11 +602,12 @@ def _read(position: int, line: int | None, found: Any) -> Given:
         if isinstance(found, bytes):
             found = _record(found)
         example = found if isinstance(found, Example) else Example.of(found)
-        name = None if example.id is None else str(example.id)
+        name = None if example.id is None else _paired(str(example.id))
         return Given(position, line, example.key, example, id=name)
     except (TypeError, ValueError) as error:
         if name is None and isinstance(found, Mapping):
-            name = str(found["id"]) if isinstance(found.get("id"), str | int) else None
+            own = found.get("id")
+            name = _paired(str(own)) if isinstance(own, str | int) else None
         return Given(position, line, _key_of_bad(raw), error=error, id=name)
 
 

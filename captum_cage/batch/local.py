@@ -17,7 +17,13 @@ import torch
 from captum_cage._checks import complaint
 from captum_cage.batch.directory import Directory
 from captum_cage.batch.examples import Given
-from captum_cage.batch.worker import Job, Outcome, Worker, failure_of
+from captum_cage.batch.worker import (
+    LOST_DEVICE,
+    Job,
+    Outcome,
+    Worker,
+    failure_of,
+)
 
 __all__ = ["ATTEMPTS", "Pool", "Processes", "Task", "ThisProcess"]
 
@@ -288,6 +294,8 @@ def _serve(
             _answer(connection, "outcome", worker.explain(task.given, wait=task.wait))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
+    except LOST_DEVICE:
+        return  # another worker, with the device as new, answers for this one
     except Exception as error:  # noqa: BLE001 (the parent raises it)
         _answer(connection, "raised", error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 import time
 import warnings
@@ -21,7 +22,13 @@ from captum_cage._checks import complaint, shown
 from captum_cage.batch.directory import Directory, Failure
 from captum_cage.batch.examples import Given
 from captum_cage.batch.local import ATTEMPTS, WORKER, Task
-from captum_cage.batch.worker import Job, Outcome, Worker, failure_of
+from captum_cage.batch.worker import (
+    LOST_DEVICE,
+    Job,
+    Outcome,
+    Worker,
+    failure_of,
+)
 from captum_cage.result import GraphAttributionResult
 
 __all__ = ["RayCluster"]
@@ -425,7 +432,12 @@ class _Explainer:
         """Explain one example; only its rows are written, where all see them."""
         start = time.perf_counter()
         spool = self._directory.spool(given.key) if self._shares else None
-        found = self._worker.attribute(given, spool)
+        try:
+            found = self._worker.attribute(given, spool)
+        except LOST_DEVICE:
+            # Another worker, with the device as new, tries it again.
+            os.kill(os.getpid(), signal.SIGKILL)
+            raise
         if isinstance(found, Failure):
             return found
         with tempfile.TemporaryDirectory() as folder:

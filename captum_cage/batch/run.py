@@ -16,6 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from captum_cage._checks import complaint, one_of, whole_number
+from captum_cage.archive import LIMIT
 from captum_cage.batch.directory import Directory, Failure, Manifest, Place
 from captum_cage.batch.examples import Examples, Given, given, total
 from captum_cage.batch.local import Pool, Processes, Task, ThisProcess
@@ -62,14 +63,18 @@ class Explained:
     meta: Mapping[str, Any]
     path: Path
 
-    def load(self) -> GraphAttributionResult:
+    def load(self, limit: int | None = LIMIT) -> GraphAttributionResult:
         """The result.
+
+        Args:
+            limit (int, optional): as in :meth:`GraphAttributionResult.load`; None for
+                results of any size. Default: 2 GiB
 
         Raises:
             OSError: if the file cannot be read.
-            ValueError: if it is damaged.
+            ValueError: if it is damaged, or larger than the limit.
         """
-        return GraphAttributionResult.load(self.path)
+        return GraphAttributionResult.load(self.path, limit=limit)
 
 
 @dataclass(frozen=True)
@@ -191,8 +196,9 @@ def run(
                 with suppress(OSError, ValueError):
                     state.note()
                 raise
+    directory.tidy()
     with directory.alone():
-        _tabulate(directory, directory.noted(state.places))
+        _tabulate(directory, directory.noted(state.places, whole=True))
     return BatchReport(
         path=directory.path,
         done=state.counts["done"],
@@ -232,6 +238,7 @@ class _Run:
         self.failures: list[Failure] = []
         self._later: deque[Given] = deque()
         self._repeated: list[str] = []
+        self._unkept: list[Failure] = []
         self._note_at = time.monotonic() + _NOTE_EVERY
 
     def work(self, stream: Iterator[Given], pool: Pool) -> None:
@@ -244,6 +251,8 @@ class _Run:
                 break
             waiting, self._later = self._later, deque()
             tasks = (Task(one, wait=True) for one in waiting)
+        for failure in self._unkept:
+            self._keep(failure, wait=True)
         for key in self._repeated:
             self._tally("skipped" if self.directory.is_done(key) else "failed")
 
@@ -277,9 +286,16 @@ class _Run:
     def _record(self, one: Given) -> None:
         """Keep the error of what cannot be read."""
         failure = failure_of(one, one.error or ValueError("no example"))
-        with self.directory.claim(one.key, wait=True):
-            self.directory.fail(failure)
+        # The workers of this process may hold the claim, and wait for this.
+        if not self._keep(failure, wait=False):
+            self._unkept.append(failure)
         self._count(Outcome(one, "failed", failure), error=one.error)
+
+    def _keep(self, failure: Failure, *, wait: bool) -> bool:
+        with self.directory.claim(failure.key, wait=wait) as ours:
+            if ours:
+                self.directory.fail(failure)
+        return ours
 
     def _count(self, outcome: Outcome, error: Exception | None = None) -> None:
         if outcome.status == "busy":
@@ -382,7 +398,7 @@ def _part(directory: Directory, one: Explained) -> Any:
     try:
         return pq.read_table(path)
     except (OSError, ValueError):
-        write_part(path, score_columns(one.load()))
+        write_part(path, score_columns(one.load(limit=None)))
         return pq.read_table(path)
 
 

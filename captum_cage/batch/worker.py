@@ -30,17 +30,24 @@ from captum_cage.batch.directory import Directory, Failure
 from captum_cage.batch.examples import Example, Given, digest
 from captum_cage.methods.catalogue import is_random
 from captum_cage.result import GraphAttributionResult
+from captum_cage.spool import OtherRows
 from captum_cage.units import split_units
 
-__all__ = ["Cage", "Job", "Outcome", "Worker", "failure_of", "versions"]
+__all__ = ["LOST_DEVICE", "Cage", "Job", "Outcome", "Worker", "failure_of", "versions"]
 
 Cage: TypeAlias = "GraphContextAttribution | Callable[[], GraphContextAttribution]"
 """What explains, or a function without arguments that makes it."""
+
+LOST_DEVICE: tuple[type[Exception], ...] = (
+    (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+)
+"""Errors after which a device answers nothing more in this process."""
 
 _NO_MATTER = ("batch_size", "show_progress")  # options that change no result
 _NOT_OURS = ("inp", "target", "spool", "self", "kwargs")
 # A full or read-only disk is no fault of the example under way.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+_SAID = ("multiplies_by_inputs",)  # properties of a method that change its rows
 _SAMPLED = 64  # values of each weight that its fingerprint looks at
 
 
@@ -132,7 +139,12 @@ class Worker:
             failure = self.directory.failure(given.key)
             if failure is not None and not self._is_retried(given.key):
                 return Outcome(given, "failed", failure)
-            found = self.attribute(given, self.directory.spool(given.key))
+            try:
+                found = self.attribute(given, self.directory.spool(given.key))
+            except LOST_DEVICE as error:
+                # It ends the run; the next one is not to end here, too.
+                self.directory.fail(failure_of(given, error))
+                raise
             if isinstance(found, Failure):
                 self.directory.fail(found)
                 return Outcome(given, "failed", found, time.perf_counter() - start)
@@ -165,7 +177,9 @@ class Worker:
         try:
             with seeded(self.job.seed, given.key):
                 return self._result(example, spool)
-        except (ImportError, _lost_device()):
+        except ImportError:
+            raise
+        except LOST_DEVICE:
             raise
         except OSError as error:
             if error.errno in _DISK:
@@ -181,21 +195,21 @@ class Worker:
         asked = {**self.job.options, **example.arguments}
         if "target" in asked:
             asked.pop("gen_args", None)
-        if not _keeps_rows(cage) or is_random(type(cage.llm_attr.attr_method), inp):
+        if is_random(type(cage.llm_attr.attr_method), inp):
             # Rows drawn before a kill and after it would be drawn from one seed.
             return cage.attribute(inp, **asked)
-        if spool is not None and spool.exists():
-            try:
-                return cage.attribute(inp, **asked, spool=spool)
-            except (ValueError, TypeError, EOFError):
-                shutil.rmtree(spool)  # rows that are damaged, or of other versions
-                cage = copy(self.cage)
-        return cage.attribute(inp, **asked, spool=spool)
-
-
-def _keeps_rows(cage: GraphContextAttribution) -> bool:
-    """Whether finished rows can be kept on disk."""
-    return "spool" in inspect.signature(cage.attribute).parameters
+        try:
+            return cage.attribute(inp, **asked, spool=spool)
+        except OtherRows:  # damaged ones, or of other versions
+            if spool is None:
+                raise
+            shutil.rmtree(spool)
+        except BlockingIOError:
+            # A worker whose driver is dead writes there until it finds that out.
+            if spool is None:
+                raise
+            spool = None
+        return copy(self.cage).attribute(inp, **asked, spool=spool)
 
 
 def _no_cage(value: object) -> TypeError:
@@ -207,12 +221,6 @@ def _no_cage(value: object) -> TypeError:
             "Pass GraphContextAttribution(llm_attr).",
         )
     )
-
-
-def _lost_device() -> type[Exception]:
-    """The error after which a device answers nothing more."""
-    found: type[Exception] = getattr(torch, "AcceleratorError", ImportError)
-    return found
 
 
 def failure_of(given: Given, error: BaseException) -> Failure:
@@ -269,17 +277,20 @@ def settings_of(
         seed (int): of random methods.
     """
     llm_attr = cage.llm_attr
-    own = vars(llm_attr.attr_method)
+    method = llm_attr.attr_method
+    own = vars(method)
     return {
         "attribution": type(llm_attr).__name__,
         "method": base_method(llm_attr),
+        "quantity": str(getattr(llm_attr, "attr_target", "log_prob")),
         "method_settings": {
             name: said
             for name, value in sorted(own.items())
             if name[:1] != "_" and value is not getattr(llm_attr, "model", None)
             for said in [_of_method(value, llm_attr)]
             if said is not None
-        },
+        }
+        | {name: getattr(method, name) for name in _SAID if hasattr(method, name)},
         "model": _model_settings(llm_attr),
         "tokenizer": _tokenizer_settings(llm_attr.tokenizer),
         "normalization": cage.normalization,
