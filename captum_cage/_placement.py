@@ -8,14 +8,14 @@ numbers, until the module's forward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["entry_device", "is_dispatched", "own_weights"]
+__all__ = ["entry_device", "is_dispatched", "kept_weights", "own_weights"]
 
 _HOOK = "_hf_hook"
 
@@ -66,6 +66,31 @@ def own_weights(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         hook.post_forward(module, None)
+
+
+def kept_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All weights by name, each from where it is kept; one that is nowhere is ``meta``.
+
+    Names and numbers are those of the model in one place: tied weights come once for
+    each name.
+
+    Args:
+        model (nn.Module): any model.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        found = weight.detach()
+        path = name.split(".")
+        # A hook may hold the weights of all modules inside of its own.
+        for depth in range(len(path) - 1, -1, -1):
+            if not found.is_meta:
+                break
+            for hook in _hooks(modules[".".join(path[:depth])]):
+                kept = getattr(hook, "weights_map", None)
+                with suppress(KeyError):
+                    if kept is not None:
+                        found = kept[".".join(path[depth:])].detach().to(weight.dtype)
+        yield name, found
 
 
 def _hooks(module: nn.Module) -> list[Any]:

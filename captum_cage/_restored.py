@@ -46,7 +46,12 @@ class AsFound:
             for kind in _HOOKS
             if (hooks := getattr(module, kind, None)) is not None
         ]
-        self._flags = [(p, p.requires_grad) for p in model.parameters()]
+        # By name: what is kept elsewhere is another object after each pass.
+        self._flags = [
+            (module, name, parameter.requires_grad)
+            for module in modules
+            for name, parameter in module.named_parameters(recurse=False)
+        ]
         configs = {
             id(config): config
             for module in modules
@@ -69,8 +74,9 @@ class AsFound:
             hooks = getattr(module, kind)
             if len(hooks) != len(before):
                 _remove(module, kind, [n for n in hooks if n not in before])
-        for parameter, flag in self._flags:
-            if parameter.requires_grad != flag:
+        for module, name, flag in self._flags:
+            parameter = getattr(module, name, None)
+            if isinstance(parameter, nn.Parameter) and parameter.requires_grad != flag:
                 parameter.requires_grad_(flag)
         for config, implementation in self._attentions:
             if getattr(config, _IMPLEMENTATION) != implementation:

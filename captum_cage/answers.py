@@ -25,6 +25,8 @@ _VERSION = 1  # of the table's form
 _APPLICATION = 0x43414745  # "CAGE", by which SQLite files tell whose they are
 # Seconds that a process waits for another one that writes.
 _PATIENCE = 30.0
+# The last two where the file is opened again, as after a fork.
+_TROUBLE = (sqlite3.Error, OSError, ValueError)
 
 
 class AnswerCache:
@@ -110,7 +112,7 @@ class AnswerCache:
                         "(SELECT MAX(rowid) FROM answers) - ?",
                         (self._size,),
                     )
-            except sqlite3.Error as error:
+            except _TROUBLE as error:
                 self._complain(error)
 
     def close(self) -> None:
@@ -132,7 +134,7 @@ class AnswerCache:
                     )
                     .fetchone()
                 )
-            except sqlite3.Error as error:
+            except _TROUBLE as error:
                 self._complain(error)
                 return None
         if row is None or not isinstance(row[1], bytes):
@@ -140,7 +142,7 @@ class AnswerCache:
         data: bytes = row[1]
         return data if row[0] == _check_sum(key, data) else None
 
-    def _complain(self, error: sqlite3.Error) -> None:
+    def _complain(self, error: Exception) -> None:
         if self._works:
             self._works = False
             warnings.warn(

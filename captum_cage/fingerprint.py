@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_cage._captum import base_method
+from captum_cage._placement import kept_weights
 from captum_cage.task import RowTask
 
 __all__ = ["digest", "model_digest", "rows_depend_on"]
@@ -77,8 +78,8 @@ def model_digest(model: Any) -> str:
     """The beginning of a hash of a model's weights.
 
     Of each weight its name, type and shape, and 4,096 of its entries, evenly spaced:
-    quick for any size, and training changes them. Weights that are not in memory count
-    by name.
+    quick for any size, and training changes them. Where accelerate keeps weights makes
+    no difference; those on disk are read once. Weights that are nowhere count by name.
 
     Example:
         >>> model = nn.Linear(2, 2)
@@ -90,8 +91,8 @@ def model_digest(model: Any) -> str:
     found = hashlib.sha256()
     if not isinstance(model, nn.Module):
         return digest(_settings(model, model))
-    for name, weight in model.named_parameters():
-        flat = weight.detach().reshape(-1)
+    for name, weight in kept_weights(model):
+        flat = weight.reshape(-1)
         found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
         if weight.device.type == "meta":
             continue

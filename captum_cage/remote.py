@@ -92,8 +92,8 @@ class ReliableProvider(RemoteLLMProvider):
             whole. Default: ``60.0``
         limit (float, optional): seconds for an answer, all attempts and waits together.
             Default: ``600.0``
-        concurrency (int, optional): most requests that are under way at once when rows
-            are computed. Default: ``8``
+        concurrency (int, optional): most requests that one explanation has under way
+            at once when its rows are computed. Default: ``8``
         share (bool, optional): let one request serve all rows that need scores of the
             beginning of its text, if the tokens are the same. Rows are then as those of
             single requests up to the rounding of the server. Only for providers whose

@@ -94,13 +94,13 @@ def check_perturbed(
         named = [f"unit {unit}, {units[unit].text!r}" for unit in absent[:3]]
         if len(absent) > len(named):
             named.append(f"{len(absent) - len(named)} more")
-        without = f" without {'; '.join(named)}" if named else ""
+        without = f", without {'; '.join(named)}" if named else ""
         raise ValueError(
             complaint(
                 base_method(task.llm_attr),
                 "needs finite log-probabilities",
                 f"{scores[place]} came for generated unit {step}, "
-                f"{task.steps.units[step].text!r},{without}",
+                f"{task.steps.units[step].text!r}{without}",
                 "The model says that it cannot follow: explain another text, use a "
                 "wider number type, or attribute probabilities by attr_target='prob'."
                 if np.isneginf(scores[place])

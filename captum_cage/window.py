@@ -40,6 +40,8 @@ _QUESTIONS_PER_REQUEST = 32
 _CHARACTERS = 2**25
 # Seconds between two looks at whether the user interrupts.
 _LOOK = 0.5
+# What warnings are shown is the same for all threads: one of them sets it at a time.
+_quiet = threading.Lock()
 
 
 def loop_rows(task: RowTask, steps: Sequence[int]) -> Iterator[Row]:
@@ -189,7 +191,7 @@ class _Asked:
             before = _random_state()
             noted: dict[Question, int] | None
             try:
-                with warnings.catch_warnings():
+                with _quiet, warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # they come again with the answers
                     loop_row(task, step)
                 noted = self._notes.questions
@@ -349,9 +351,9 @@ def _side_by_side(
                 answered.put((request, None, error))
                 stop.set()
 
-    for _ in range(min(width, len(requests))):
-        threading.Thread(target=work, daemon=True).start()
     try:
+        for _ in range(min(width, len(requests))):
+            threading.Thread(target=work, daemon=True).start()
         for _ in requests:
             request, answer, error = _next_of(answered)
             if error is not None:

@@ -199,6 +199,15 @@ class TestTrouble:
             assert cache.numbers(QUESTION) is None
         cache.keep(QUESTION, [-1.0])  # a second warning would be an error
 
+    def test_trouble_when_the_file_is_opened_again_is_a_warning(self, cache):
+        """As in a process that was forked."""
+        cache.close()
+        cache.path.unlink()
+        cache.path.mkdir()
+        with pytest.warns(UserWarning, match="cache: answers cannot be read"):
+            cache.keep(QUESTION, [-1.0])
+        assert cache.numbers(QUESTION) is None
+
     def test_a_file_in_the_folder_s_place_is_refused(self, tmp_path):
         """As any program would."""
         (tmp_path / "file").write_text("")

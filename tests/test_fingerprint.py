@@ -73,8 +73,8 @@ class TestModels:
             model.weight[0, 0] = 2
             assert model_digest(model) != before
 
-    def test_weights_that_are_not_in_memory_count_by_name(self):
-        """As accelerate leaves them."""
+    def test_weights_that_are_nowhere_count_by_name(self):
+        """As those of a model that is but a plan."""
         with torch.device("meta"):
             assert model_digest(nn.Linear(2, 2)) != model_digest(nn.Linear(2, 3))
 

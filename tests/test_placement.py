@@ -12,6 +12,8 @@ from torch import nn
 
 from captum_cage import GraphContextAttribution, TokenIdsInput
 from captum_cage._placement import entry_device, is_dispatched, own_weights
+from captum_cage._restored import evaluated
+from captum_cage.fingerprint import model_digest
 from captum_cage.methods import AttnLRP
 from captum_cage.methods.catalogue import (
     capabilities,
@@ -89,6 +91,11 @@ def dispatched(arch, folder, first, last):
         offload_dir=str(folder),
         force_hooks=True,
     )
+
+
+def any_meta(module):
+    """Whether one of its own weights is kept elsewhere."""
+    return any(one.is_meta for one in module.parameters(recurse=False))
 
 
 def asked(name, model, strategy):
@@ -171,6 +178,38 @@ class TestOffloaded:
         assert np.abs(found - wanted).max() <= 1e-12 * np.abs(wanted).max()
         assert {n: p.requires_grad for n, p in model.named_parameters()} == before
         assert any(p.is_meta for p in model.parameters())
+
+    def test_flags_that_an_interrupt_leaves_behind_are_undone(self, placed):
+        """Though weights are other objects after each pass."""
+        model = placed(in_memory, "gemma3")
+        name, frozen = next(iter(model.named_parameters()))
+        frozen.requires_grad_(False)
+        before = {n: p.requires_grad for n, p in model.named_parameters()}
+
+        with evaluated(model):
+            model.requires_grad_(False)  # and nothing undoes it
+            model(torch.tensor([[1, 2]]))
+        after = {n: p.requires_grad for n, p in model.named_parameters()}
+        model.get_parameter(name).requires_grad_(True)
+        assert after == before
+
+    @pytest.mark.parametrize("arch", PARTS)
+    @pytest.mark.parametrize("how", [in_memory, on_disk, first_on_disk, last_on_disk])
+    def test_a_spool_knows_the_weights_wherever_they_are(self, placed, how, arch):
+        """Also while a layer's are brought, as an interrupt may leave them."""
+        model = placed(how, arch)
+        expected = model_digest(small(arch))
+        assert model_digest(model) == expected
+        layer = next(m for m in model.modules() if any_meta(m))
+        with own_weights(layer):
+            assert not any_meta(layer)
+            assert model_digest(model) == expected
+
+    def test_a_spool_tells_offloaded_models_apart(self):
+        """By their numbers."""
+        models = [tiny_model(vocab_size=9, seed=seed) for seed in (0, 1)]
+        one, other = (accelerate.cpu_offload(model, CPU) for model in models)
+        assert model_digest(one) != model_digest(other)
 
     def test_text_can_be_generated(self, placed):
         """The same text."""

@@ -48,6 +48,18 @@ def test_what_was_left_behind_is_undone():
     assert not model.model._forward_hooks_always_called
 
 
+def test_flags_of_weights_that_were_exchanged_are_undone():
+    """As accelerate does at each pass."""
+    model = nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    with AsFound(model):
+        model.requires_grad_(False)
+        for name, parameter in list(model.named_parameters()):
+            setattr(model, name, nn.Parameter(parameter.detach(), requires_grad=False))
+    assert model.weight.requires_grad
+    assert not model.bias.requires_grad
+
+
 def test_hooks_of_others_stay():
     """Somebody may have set them meanwhile, to stay."""
     model = nn.Linear(2, 2)

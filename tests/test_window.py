@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections import Counter
 
 import numpy as np
@@ -20,7 +21,12 @@ from captum.attr import (
     VLLMProvider,
 )
 
-from captum_cage import ChatTokenInput, GraphContextAttribution, TokenIdsInput
+from captum_cage import (
+    ChatTokenInput,
+    GraphContextAttribution,
+    TokenIdsInput,
+    window,
+)
 from captum_cage.methods import CLime, LShap
 from captum_cage.remote import ReliableProvider
 from served import StandIn
@@ -376,6 +382,38 @@ class TestWindow:
         with pytest.raises(ValueError, match=match):
             explained(Wrong(model, tokenizer, 4, share), inp)
 
+    def test_threads_leave_the_filters_of_warnings_as_they_were(
+        self, model, tokenizer, inp, monkeypatch
+    ):
+        """They are those of the whole process; a row is drafted in one at a time."""
+        inside, together = [], []
+        row = window.loop_row
+
+        def drafted(task, step):
+            if isinstance(task.llm_attr.provider, window._Notes):
+                inside.append(step)
+                together.append(len(inside))
+                time.sleep(0.005)
+                inside.pop()
+            return row(task, step)
+
+        monkeypatch.setattr(window, "loop_row", drafted)
+        before = list(warnings.filters)
+        threads = [
+            threading.Thread(
+                target=wrapped(Local(model, tokenizer, 2)).attribute,
+                args=(inp, SHORT),
+                kwargs={"units": "sentence"},
+            )
+            for _ in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert max(together) == 1
+        assert list(warnings.filters) == before
+
     def test_progress_is_shown(self, model, tokenizer, inp, capsys):
         """In requests."""
         explained(Local(model, tokenizer, 8), inp, show_progress=True)
@@ -384,6 +422,32 @@ class TestWindow:
 
 class TestInterrupts:
     """Nothing that was answered is lost."""
+
+    def test_an_interrupt_while_threads_start_stops_those_that_run(self, monkeypatch):
+        """They ask nothing more."""
+        asked, started = [], []
+
+        class Interrupted(threading.Thread):
+            """The second one is never started."""
+
+            def start(self):
+                if started:
+                    raise KeyboardInterrupt
+                started.append(self)
+                super().start()
+
+        def ask(request):
+            asked.append(request)
+            time.sleep(0.01)
+            return [-1.0]
+
+        monkeypatch.setattr(threading, "Thread", Interrupted)
+        requests = [("", str(number)) for number in range(1000)]
+        with pytest.raises(KeyboardInterrupt):
+            next(window._side_by_side(requests, ask, 2, lambda *_: None))
+        started[0].join(timeout=5)
+        assert not started[0].is_alive()
+        assert len(asked) < len(requests)
 
     @pytest.mark.parametrize("share", [False, True])
     def test_an_interrupt_ends_the_window_and_the_same_call_goes_on(

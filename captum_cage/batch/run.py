@@ -398,6 +398,7 @@ def _part(directory: Directory, one: Explained) -> Any:
     try:
         return pq.read_table(path)
     except (OSError, ValueError):
+        # Ours, however large it is.
         write_part(path, score_columns(one.load(limit=None)))
         return pq.read_table(path)
 
