@@ -282,7 +282,8 @@ class GraphContextAttribution(CaptumAttribution):
                 Default: ``None``
             calibration (int, optional): most passes of one kind, forward or backward,
                 that are made and timed. Default: ``6``
-            **options: all others that :meth:`attribute` takes, with its defaults.
+            **options: all others that :meth:`attribute` takes, with its defaults. Rows
+                that a ``spool`` holds already are counted, too.
 
         Returns:
             Estimate: rows, passes, tokens, seconds and bytes.

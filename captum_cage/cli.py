@@ -652,11 +652,16 @@ def explain(
         "batch_size": batch_size,
         **kwargs,
     }
+    transformers.set_seed(seed)
     if dry_run:
         output.write_estimate(cage.estimate(inp, **asked))
+        if verify or evaluate or alternatives is not None:
+            output.note(
+                "note: --verify, --evaluate and --alternatives come besides; what they "
+                "cost depends on the result"
+            )
         return
     output.note(f"explaining with {base.__name__} on {place}, in {units.value} units")
-    transformers.set_seed(seed)
     start = time.perf_counter()
     result = cage.attribute(inp, show_progress=output.shows_progress, **asked)
     if span is None and foils is None:

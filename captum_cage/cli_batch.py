@@ -21,6 +21,7 @@ from captum_cage.attribution import GraphContextAttribution
 from captum_cage.batch import BatchReport, Example, Failure, RayCluster, run
 from captum_cage.batch.directory import Directory
 from captum_cage.batch.examples import digest, given, total
+from captum_cage.batch.worker import settings_of
 from captum_cage.cli_models import (
     chosen_method,
     conversation_input,
@@ -296,7 +297,9 @@ def batch(
     if not quiet:
         say(f"loading {model}")
     if dry_run:
-        plan = _plan(file, Directory(out), maker(), options, retry_failed, workers)
+        cage, directory = maker(), Directory(out)
+        directory.check(settings_of(cage, options, seed))
+        plan = _plan(file, directory, cage, options, retry_failed, workers)
         if json_file is not None:
             write_json(json_file, plan.to_dict())
         if json_file != "-" and not quiet:
@@ -356,7 +359,7 @@ def _summary(report: BatchReport) -> Table:
     """What was done, and the first errors."""
     table = _table()
     table.add_row("explained", f"{report.done:,}")
-    table.add_row("skipped, done before", f"{report.skipped:,}")
+    table.add_row("skipped", f"{report.skipped:,}, done before or repeated")
     table.add_row("failed", f"{report.failed:,}")
     for one in report.errors[:_SHOWN]:
         text = f"{one.type}: {one.message}"
@@ -388,30 +391,35 @@ class _Plan:
     Attributes:
         examples (int): in the input.
         unreadable (int): of these, no examples.
+        repeated (int): of these, those that stand further up, too.
         done (int): of these, those that have a result.
         failed (int): of these, those that failed before and are not tried again.
         left (int): those that would be explained.
-        sequences (int): sequences that the model would be given.
-        tokens (int): tokens in them.
-        seconds (float): time that one worker would take.
-        memory (int): most bytes that one worker takes at once.
+        sequences (int or None): sequences that the model would be given. It, and what
+            follows, is None where all that were to be estimated would fail.
+        tokens (int or None): tokens in them.
+        seconds (float or None): time that one worker would take.
+        memory (int or None): most bytes that one worker takes at once.
         workers (int): number of workers.
-        refused (int): of the examples that were estimated, those that would fail.
+        refused (int): examples that were to be estimated, but would fail.
+        reason (str or None): why the first of them would.
         estimated (int): examples whose cost was estimated; the others' follows from
             their lengths.
     """
 
     examples: int
     unreadable: int
+    repeated: int
     done: int
     failed: int
     left: int
-    sequences: int
-    tokens: int
-    seconds: float
-    memory: int
+    sequences: int | None
+    tokens: int | None
+    seconds: float | None
+    memory: int | None
     workers: int
     refused: int
+    reason: str | None
     estimated: int
 
     def to_dict(self) -> dict[str, Any]:
@@ -425,16 +433,21 @@ class _Plan:
         table.add_row("  done before", f"{self.done:,}")
         table.add_row("  failed before", f"{self.failed:,}")
         table.add_row("  cannot be read", f"{self.unreadable:,}")
+        table.add_row("  repeated", f"{self.repeated:,}")
         table.add_row("  to explain", f"{self.left:,}")
-        table.add_row("model passes (sequences)", f"{self.sequences:,}")
-        table.add_row("tokens", f"{self.tokens:,}")
         each = "" if self.workers == 1 else f" of work for {self.workers} workers"
-        table.add_row("time", duration(self.seconds) + each)
-        table.add_row("memory", f"{size(self.memory)} for each worker")
+        for name, number, read in (
+            ("model passes (sequences)", self.sequences, "{:,}".format),
+            ("tokens", self.tokens, "{:,}".format),
+            ("time", self.seconds, lambda seconds: duration(seconds) + each),
+            ("memory", self.memory, lambda count: f"{size(count)} for each worker"),
+        ):
+            table.add_row(name, "unknown" if number is None else read(number))
         told = f"{self.estimated} of them, spread over the lengths"
-        if self.refused:
-            told += f"; {self.refused} would be refused"
         table.add_row("estimated from", told)
+        if self.reason is not None:
+            told = f"{self.refused} more that were tried, the first with {self.reason}"
+            table.add_row("would fail", harmless(told, one_line=True))
         return table
 
 
@@ -448,14 +461,17 @@ def _plan(
 ) -> _Plan:
     """What a run would do: counted over all examples, timed by a few."""
     tokenizer = cage.llm_attr.tokenizer
-    counts = dict.fromkeys(("examples", "unreadable", "done", "failed"), 0)
+    names = ("examples", "unreadable", "repeated", "done", "failed")
+    counts = dict.fromkeys(names, 0)
     seen: set[str] = set()
     left: list[tuple[int, int]] = []  # tokens, position
     for one in file:
         counts["examples"] += 1
         if one.example is None:
             counts["unreadable"] += 1
-        elif one.key in seen or directory.is_done(one.key):
+        elif one.key in seen:
+            counts["repeated"] += 1
+        elif directory.is_done(one.key):
             counts["done"] += 1
         elif directory.failure(one.key) is not None and not retry_failed:
             counts["failed"] += 1
@@ -465,35 +481,40 @@ def _plan(
     left.sort()
     places = np.linspace(0, len(left) - 1, min(_SAMPLED, len(left))).round()
     chosen = {left[int(place)][1]: left[int(place)][0] for place in places}
-    found: dict[int, Estimate] = {}
-    refused = 0
+    found: dict[int, list[Estimate]] = {}  # by tokens
+    refused: list[str] = []
     for one in file:
         if one.position in chosen and one.example is not None:
             try:
                 estimate = _estimate(cage, one.example, options)
-            except (TypeError, ValueError):
-                refused += 1
+            except (ImportError, OSError):
+                raise
+            except Exception as error:  # noqa: BLE001 (a run would record it)
+                refused.append(f"{type(error).__name__}: {error}")
             else:
-                found[chosen[one.position]] = estimate
+                found.setdefault(chosen[one.position], []).append(estimate)
     lengths = [length for length, _ in left]
     known = sorted(found)
+    estimates = [one for length in known for one in found[length]]
+    is_unknown = bool(left) and not known
 
     def all_of(name: str) -> float:
         if not known:
             return 0.0
-        each = [getattr(found[length], name) for length in known]
+        each = [np.mean([getattr(e, name) for e in found[k]]) for k in known]
         return float(np.interp(lengths, known, each).sum())
 
     return _Plan(
         **counts,
         left=len(left),
-        sequences=round(all_of("sequences")),
-        tokens=round(all_of("tokens")),
-        seconds=all_of("seconds"),
-        memory=max((one.memory for one in found.values()), default=0),
+        sequences=None if is_unknown else round(all_of("sequences")),
+        tokens=None if is_unknown else round(all_of("tokens")),
+        seconds=None if is_unknown else all_of("seconds"),
+        memory=None if is_unknown else max((e.memory for e in estimates), default=0),
         workers=workers,
-        refused=refused,
-        estimated=len(found),
+        refused=len(refused),
+        reason=refused[0] if refused else None,
+        estimated=len(estimates),
     )
 
 

@@ -33,6 +33,7 @@ from captum_cage.scoring import log_probabilities
 from captum_cage.strategy import Approximation, Strategy, StrategyName
 from captum_cage.task import RowTask, text_units
 from captum_cage.units import split_units
+from captum_cage.window import planned_requests
 
 __all__ = ["Estimate", "Estimator"]
 
@@ -44,6 +45,8 @@ _UNEVEN = ("clp", "one-shot-reagent", "reagent")
 _SHORT = 4  # rows of so many times the passes that are timed are made whole
 _WRITTEN = 5  # tokens that are generated to see how long one takes
 _LOGITS = 2**27  # bytes of logits that engines hold at once, about
+# Engines leave themselves room when they choose a batch: this share of it is taken.
+_TAKEN = 0.65
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -143,7 +146,7 @@ def duration(seconds: float) -> str:
     """A time as people say it.
 
     Example:
-        >>> duration(0.25), duration(75), duration(7300)
+        >>> duration(0.25), duration(75), duration(7320)
         ('0.25 s', '1 min 15 s', '2 h 2 min')
     """
     if seconds < 59.5:
@@ -457,7 +460,7 @@ class Estimator:
                 self._way.fall_back(f"{model}: {error}")
         if family(task.llm_attr) == "gradient":
             return self._token_by_token(task, steps)
-        return self._one_by_one(task, steps)
+        return self._side_by_side(task, steps, self._one_by_one(task, steps))
 
     # --- engines ---------------------------------------------------------------------
 
@@ -578,6 +581,20 @@ class Estimator:
 
         return self._interpolated(steps, row)
 
+    def _side_by_side(self, task: RowTask, steps: Sequence[int], found: _Cost) -> _Cost:
+        """The cost of rows of a remote model that takes several requests at once."""
+        requests = planned_requests(task, steps)
+        if requests is None:
+            return found
+        read = sum(len(task.llm_attr.tokenizer.encode(a + b)) for a, b in requests)
+        # One after the other was timed.
+        width = min(
+            max(1, getattr(task.llm_attr.provider, "concurrency", 1)),
+            max(1, len(requests)),
+        )
+        each = found.seconds / max(1.0, found.sequences)
+        return _Cost(len(requests), read, each * len(requests) / width)
+
     # --- memory ----------------------------------------------------------------------
 
     def _note(self, passes: Sequence[Pass], splits: bool) -> None:
@@ -591,13 +608,17 @@ class Estimator:
         config = text_config(model)
         heads = getattr(config, "num_attention_heads", 1)
         eager = getattr(config, "_attn_implementation", "") == "eager"
-        layers = getattr(config, "num_hidden_layers", 1) if backward else 1
+        # Shares stay for each layer that gradients go back through; while they are
+        # made there are two more tables of one layer.
+        tables = 2 + (getattr(config, "num_hidden_layers", 1) if backward else 1)
+        if splits and not backward:
+            each = int(each * _TAKEN)
         logits = causal.vocabulary_bytes()
         for one in passes:
             needed = one.sequences * (one.tokens * each + one.before * 2 * each // 8)
             if eager:
                 pairs = one.tokens * (one.before + one.tokens)
-                needed += layers * 3 * one.sequences * heads * pairs * 4
+                needed += tables * one.sequences * heads * pairs * 4
             if splits:
                 needed += min(6 * one.sequences * one.kept * logits, _LOGITS)
             else:

@@ -28,7 +28,7 @@ from captum_cage.remote import checked_scores, stopped
 from captum_cage.rows import loop_row
 from captum_cage.task import RowTask
 
-__all__ = ["loop_rows"]
+__all__ = ["loop_rows", "planned_requests"]
 
 Row: TypeAlias = npt.NDArray[np.float64]
 Question: TypeAlias = tuple[str, str]
@@ -62,6 +62,21 @@ def loop_rows(task: RowTask, steps: Sequence[int]) -> Iterator[Row]:
             yield loop_row(task, step)
     else:
         yield from asked.rows(steps)
+
+
+def planned_requests(task: RowTask, steps: Sequence[int]) -> list[Question] | None:
+    """What :func:`loop_rows` will ask a remote model for; nothing is asked.
+
+    Args:
+        task (RowTask): what to explain.
+        steps (Sequence[int]): positions of generated units, ascending.
+
+    Returns:
+        list or None: a text and the target after it for each request; None where one
+        question after the other is asked, or one depends on an answer.
+    """
+    asked = _Asked.of(task) if family(task.llm_attr) == "remote" else None
+    return None if asked is None else asked.requests(steps)
 
 
 @dataclass
@@ -174,6 +189,21 @@ class _Asked:
             block = self._block(left)
             del left[: len(block)]
             yield from self._answered(block)
+
+    def requests(self, steps: Sequence[int]) -> list[Question] | None:
+        """Requests for these rows; None if one depends on an answer."""
+        left, found = list(steps), list[Question]()
+        while left:
+            block = self._block(left)
+            del left[: len(block)]
+            asked: dict[Question, int] = {}
+            for row in block:
+                if row.questions is None:
+                    return None
+                asked.update(row.questions)
+            plan = _plan(asked, self._tokenizer) if self._share else _plain(asked)
+            found += dict.fromkeys(part.request for part in plan.values())
+        return found
 
     def _task_of(self, provider: RemoteLLMProvider) -> RowTask:
         llm_attr = asking(self._task.llm_attr, provider)

@@ -84,7 +84,7 @@ nitpick_ignore_regex = [
         "py:class",
         r"(captum|hypothesis|matplotlib|networkx|np|numpy|pytest|scipy|tokenizers|torch)\..*",
     ),
-    ("py:class", r"(collections|os|pathlib|re|transformers|typing)\..*"),
+    ("py:class", r"(collections|filelock|io|os|pathlib|re|transformers|typing)\..*"),
     (
         "py:class",
         r"ArrayLike|InterpretableInput|NDArray|PathLike|Tensor|csr_array|nn\..*",
@@ -96,7 +96,15 @@ nitpick_ignore_regex = [
     ),
     ("py:class", r"(captum_cage\..*\.)?(Contrast|Factory|FollowUp|Result|Samples)"),
     ("py:class", r"captum_cage\.causal\.Prefix|captum_cage\.testing\.report\.Verdict"),
-    ("py:class", r"(npt|st)\..*|SearchStrategy"),
+    ("py:class", r"(npt|st)\..*|SearchStrategy|RemoteLLMProvider"),
+    (
+        "py:class",
+        r"captum_cage\.batch\.(worker\.(Cage|Job)|examples\.Examples|local\.Pool)",
+    ),
+    (
+        "py:class",
+        r"captum_cage\.(spool\.(SpooledRows|StoredRow)|streamed\.RowReader)",
+    ),
 ]
 
 

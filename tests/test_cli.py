@@ -200,6 +200,19 @@ class TestDryRun:
         assert (done.exit_code, done.stdout) == (0, "")
         assert json.loads(file.read_text())["generated_tokens"] == 100
 
+    def test_what_comes_besides_is_named(self, folder):
+        """Its cost is not in the numbers."""
+        done = explain(folder, "--dry-run", "--evaluate")
+        assert "--verify, --evaluate and --alternatives come besides" in done.stderr
+        assert "come besides" not in explain(folder, "--dry-run").stderr
+
+    def test_the_seed_is_set(self, folder, monkeypatch):
+        """The samples that are counted are those that would be drawn."""
+        seeds = []
+        monkeypatch.setattr(cli.transformers, "set_seed", seeds.append)
+        explain(folder, "--dry-run", "--seed", "7")
+        assert seeds == [7]
+
     def test_what_would_be_refused_is_refused(self, folder):
         """Before the work."""
         done = explain(folder, "--dry-run", "--explain", "nowhere")

@@ -141,6 +141,51 @@ class TestDryRun:
         found = json.loads(of_demo(folder, "mixed.jsonl", *options).stdout)
         assert (found["failed"], found["left"]) == (0, 1)
 
+    def test_what_is_repeated_is_not_called_done(self, folder):
+        """It is explained once."""
+        line = json.dumps(GOOD[0]) + "\n"
+        (folder / "twice.jsonl").write_text(line * 2)
+        found = json.loads(of_demo(folder, "twice.jsonl", "--dry-run").stdout)
+        assert (found["repeated"], found["done"], found["left"]) == (1, 0, 1)
+
+    def test_examples_of_one_length_are_all_told(self, folder):
+        """The cost is their mean, not that of the last one."""
+        same = [{**GOOD[0], "prompt": f"Ana has {n} pens."} for n in (3, 4, 5)]
+        (folder / "same.jsonl").write_text("\n".join(map(json.dumps, same)))
+        found = json.loads(of_demo(folder, "same.jsonl", "--dry-run").stdout)
+        assert (found["left"], found["estimated"]) == (3, 3)
+
+    def test_other_settings_need_another_directory(self, folder):
+        """As in the run itself, and nothing is written."""
+        of_demo(folder, "good.jsonl")
+        before = (folder / "out" / "manifest.json").read_bytes()
+        done = of_demo(folder, "good.jsonl", "--units", "token", "--dry-run")
+        assert done.exit_code == 2
+        assert "must be a folder of the same settings" in done.stderr
+        assert (folder / "out" / "manifest.json").read_bytes() == before
+
+    def test_a_cost_that_is_not_known_is_not_zero(self, folder):
+        """The reason is told."""
+        (folder / "wrong.jsonl").write_text(json.dumps(BAD))
+        found = json.loads(of_demo(folder, "wrong.jsonl", "--dry-run").stdout)
+        assert (found["refused"], found["estimated"]) == (1, 0)
+        assert found["seconds"] is found["memory"] is found["sequences"] is None
+        options = ("--out", folder / "out", "--model", "demo", "--dry-run")
+        done = run(folder / "wrong.jsonl", *options)
+        assert done.exit_code == 0
+        assert "unknown" in done.stdout
+        assert "does not occur" in done.stdout
+
+    def test_an_error_of_any_kind_is_counted(self, folder, monkeypatch):
+        """As a run would record it."""
+
+        def fail(*_args, **_kwargs):
+            raise RuntimeError("no memory")
+
+        monkeypatch.setattr(GraphContextAttribution, "estimate", fail)
+        found = json.loads(of_demo(folder, "good.jsonl", "--dry-run").stdout)
+        assert found["reason"] == "RuntimeError: no memory"
+
     def test_the_table(self, folder):
         """For people."""
         options = ("--out", folder / "out", "--model", "demo", "--dry-run")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,9 @@ from captum.attr import (
 from captum_cage import ChatTraceInput, GraphContextAttribution, register_engine
 from captum_cage.cost import count_sequences
 from captum_cage.engines.engine import Engine
-from captum_cage.estimate import Estimate
+from captum_cage.estimate import Estimate, Estimator
 from captum_cage.methods.catalogue import capabilities, llm_attribution
+from captum_cage.rehearsal import Pass
 from test_methods_reagent import masked
 from tiny import LocalProvider, tiny_model, tiny_tokenizer
 
@@ -249,6 +252,26 @@ class TestRemote:
         assert told.model_memory == 0
         assert "requests" in str(told)
 
+    @pytest.mark.parametrize("share", [False, True])
+    def test_requests_side_by_side_are_counted_as_they_will_be(self, model, share):
+        """Each question once, and with ``share`` once for all rows."""
+        counts = []
+        for _ in range(2):
+            provider: Any = LocalProvider(model, TOKENIZER)
+            provider.concurrency, provider.share = 2, share
+            llm_attr = RemoteLLMAttribution(
+                FeatureAblation(RemoteLLMAttribution.placeholder_model),
+                TOKENIZER,
+                provider,
+            )
+            counts.append((provider, GraphContextAttribution(llm_attr)))
+        (asked, cage), (other, again) = counts
+        inp = TextTokenInput(PROMPT, TOKENIZER)
+        told = cage.estimate(inp, TARGET, units="sentence", calibration=3)
+        again.attribute(inp, TARGET, units="sentence")
+        assert len(asked.prompts) == told.calibration_sequences
+        assert told.sequences == len(other.prompts)
+
 
 class TestNothingChanges:
     """An estimate leaves no trace."""
@@ -288,8 +311,42 @@ class TestNothingChanges:
             cage.estimate(TextTokenInput(PROMPT, TOKENIZER), TARGET, **options)
 
 
+class TestMemory:
+    """Bytes by the formula, for what a process was seen to take."""
+
+    def test_eager_attention_keeps_one_table_for_each_layer(self):
+        """And two more while one is made: so many bytes for each pair of tokens."""
+        model = tiny_model("llama", vocab_size=len(TOKENIZER))
+        task = SimpleNamespace(llm_attr=wrapped("ablation", model))
+        found = {}
+        for implementation in ("eager", "sdpa"):
+            model.config._attn_implementation = implementation
+            for backward in (False, True):
+                estimator = object.__new__(Estimator)
+                estimator._task, estimator._largest = task, 0
+                estimator._note([Pass(2, 10, before=5, backward=backward)], True)
+                found[implementation, backward] = estimator._largest
+        pairs = 2 * model.config.num_attention_heads * 10 * 15 * 4
+        layers = model.config.num_hidden_layers
+        assert found["eager", False] - found["sdpa", False] == 3 * pairs
+        assert found["eager", True] - found["sdpa", True] == (2 + layers) * pairs
+
+
 class TestEstimate:
     """What is told can be read."""
+
+    def test_all_options_of_attribute_are_taken(self, model, tmp_path):
+        """And a spool is not touched."""
+        cage = GraphContextAttribution(wrapped("ablation", model))
+        defaults = signature(cage.attribute).parameters.values()
+        options = {
+            one.name: one.default for one in defaults if one.kind is one.KEYWORD_ONLY
+        }
+        options |= {"spool": tmp_path / "rows", "show_progress": True, "batch_size": 2}
+        inp = TextTokenInput(PROMPT, TOKENIZER)
+        told = cage.estimate(inp, TARGET, **options)
+        assert told.sequences == cage.estimate(inp, TARGET, batch_size=2).sequences
+        assert not (tmp_path / "rows").exists()
 
     def test_as_a_table_and_as_numbers(self, model):
         """Bytes of the model are those of its parameters and buffers."""

@@ -440,10 +440,23 @@ class Directory:
             OSError: if it cannot be written.
         """
         with self.alone():
-            found = self.manifest()
+            found = self.check(settings)
             if found is None:
                 self._write(Manifest(versions, settings))
                 return versions
+        return found.versions
+
+    def check(self, settings: Mapping[str, Any]) -> Manifest | None:
+        """The manifest, if its settings are these; None if there is none yet.
+
+        Raises:
+            ValueError: if the folder holds results of other settings, or its manifest
+                is damaged.
+            OSError: if it cannot be read.
+        """
+        found = self.manifest()
+        if found is None:
+            return None
         # As a file holds them: tuples are lists there.
         wanted = json.loads(json.dumps(settings))
         if differences := list(_differences(found.settings, wanted)):
@@ -455,7 +468,7 @@ class Directory:
                     "Name another folder, or ask as before.",
                 )
             )
-        return found.versions
+        return found
 
     def noted(
         self, places: Mapping[str, Iterable[Place]], *, whole: bool = False

@@ -152,7 +152,7 @@ def run(
             its hash, so order and workers change nothing. Default: ``0``
         show_progress (bool, optional): show a progress bar on stderr.
             Default: ``False``
-        **options: of :meth:`GraphContextAttribution.attribute`, for each example that
+        **options: of :meth:`~captum_cage.GraphContextAttribution.attribute`, for each example that
             does not say otherwise.
 
     Returns:

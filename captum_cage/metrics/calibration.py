@@ -151,7 +151,7 @@ def calibrate_metric(
 
     Args:
         cage (GraphContextAttribution): explains the examples, for ``"sequence"``.
-        examples (Iterable[Example]): with known truth, the same kind of text that is to
+        examples (Iterable[datasets.Example]): with known truth, the same kind of text that is to
             be judged. At least two.
         metrics (str or Sequence[str], optional): as in ``result.evaluate``.
             Default: its default
