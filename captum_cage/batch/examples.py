@@ -60,11 +60,12 @@ class Example:
         prompt (str or InterpretableInput, optional): the prompt; a text is read as
             Captum's ``TextTokenInput`` does.
         messages (Sequence[Mapping], optional): in place of ``prompt``: a chat, which
-            the tokenizer's template writes out as in :class:`~captum_cage.ChatTokenInput`.
+            the tokenizer's template writes out as in
+            :class:`~captum_cage.ChatTokenInput`.
         target (str or Sequence[int] or Tensor, optional): the generated text, or its
             token ids; None lets the model generate it. Default: ``None``
-        explain (optional): as in :meth:`~captum_cage.GraphContextAttribution.attribute`.
-            Default: ``None``
+        explain (optional): as in
+            :meth:`~captum_cage.GraphContextAttribution.attribute`. Default: ``None``
         units (optional): as there. Default: ``None``
         foil (Mapping, optional): as there. Default: ``None``
         gen_args (Mapping, optional): as there. Default: ``None``

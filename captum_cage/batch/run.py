@@ -152,8 +152,8 @@ def run(
             its hash, so order and workers change nothing. Default: ``0``
         show_progress (bool, optional): show a progress bar on stderr.
             Default: ``False``
-        **options: of :meth:`~captum_cage.GraphContextAttribution.attribute`, for each example that
-            does not say otherwise.
+        **options: of :meth:`~captum_cage.GraphContextAttribution.attribute`, for each
+            example that does not say otherwise.
 
     Returns:
         BatchReport: counts, errors, and ways to the results.
@@ -335,7 +335,7 @@ def _stopped(failure: Failure) -> ValueError:
         complaint(
             place,
             "must be explained, since strict is set",
-            f"{failure.type} came: {failure.message}",
+            f"{failure.type} came: {failure.message.rstrip('.')}",
             "Mend the example, or leave strict out; retry_failed tries it again.",
         )
     )

@@ -151,8 +151,8 @@ def calibrate_metric(
 
     Args:
         cage (GraphContextAttribution): explains the examples, for ``"sequence"``.
-        examples (Iterable[datasets.Example]): with known truth, the same kind of text that is to
-            be judged. At least two.
+        examples (Iterable[datasets.Example]): with known truth, the same kind of text
+            that is to be judged. At least two.
         metrics (str or Sequence[str], optional): as in ``result.evaluate``.
             Default: its default
         units (optional): as in ``cage.attribute``. Default: ``"sentence"``
