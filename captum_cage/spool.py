@@ -241,7 +241,7 @@ class RowSpool:
 
         Raises:
             TypeError: if ``folder`` is no path.
-            OtherRows: if the folder holds something else, rows of another explanation,
+            ValueError: if the folder holds something else, rows of another explanation,
                 which the error names, or damaged ones.
             OSError: if it cannot be written, or another process writes to it.
         """

@@ -67,7 +67,8 @@ class Explained:
         """The result.
 
         Args:
-            limit (int, optional): as in :meth:`GraphAttributionResult.load`; None for
+            limit (int, optional): as in
+                :meth:`~captum_cage.GraphAttributionResult.load`; None for
                 results of any size. Default: 2 GiB
 
         Raises:
