@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -45,6 +46,7 @@ from captum_cage.engines.engine import Unsuitable
 from captum_cage.engines.registry import _engines, engine_names
 from captum_cage.engines.sequences import Perturbation, SequenceScorer
 from captum_cage.inputs import Prompt
+from captum_cage.methods.gradient_shap import EmbeddingGradientShap
 from captum_cage.task import RowTask, text_units
 from captum_cage.testing import check_engine
 from captum_cage.units import split_units
@@ -1379,7 +1381,7 @@ def _output_of(layer, model):
     return seen[0]
 
 
-# --- memory, batches, interrupts ---------------------------------------------------
+# --- memory, batches ---------------------------------------------------------------
 
 
 class TestBatches:
@@ -1732,6 +1734,880 @@ class TestFreeMemory:
                 with pytest.raises(type(other)) as caught, manager():
                     raise other
                 assert caught.value is other
+
+
+# --- what goes at once -------------------------------------------------------------
+
+
+def row_task(llm_attr, inp, ids, **made):
+    """What an engine is asked, by token."""
+    prompt = Prompt.read(inp, llm_attr.tokenizer)
+    sides = split_units("token")
+    text, sources, steps, _ = text_units(prompt, ids, sides, llm_attr.tokenizer)
+    asked = {"baseline": 0, "kwargs": {}, **made}
+    return RowTask(llm_attr, prompt, tuple(ids), text, sources, steps, **asked)
+
+
+def some_ids(count, seed=0):
+    """Ids of tokens of which none is the one that stands for an absent one."""
+    return torch.randint(7, 300, (count,), generator=torch.manual_seed(seed)).tolist()
+
+
+def scorer_of(model, tokenizer, prompt, generated, **made):
+    """Who scores a text of so many tokens."""
+    ids = some_ids(prompt + generated)
+    llm_attr = wrapped(FeatureAblation, model, tokenizer)
+    inp = TokenIdsInput(ids[:prompt], tokenizer)
+    return SequenceScorer(row_task(llm_attr, inp, ids[prompt:], **made), generated)
+
+
+def fast(tokens):
+    """So many tokens of a pass are fast on the host, and few elsewhere."""
+    return {"cpu": tokens, "cuda": 1}
+
+
+def without(scorer, *absent):
+    """Which units are present, all but these."""
+    present = np.ones(scorer.n_units, dtype=bool)
+    present[list(absent)] = False
+    return present
+
+
+class TestSequencesAtOnce:
+    """The size of a batch: by memory, by speed, by what is pushed in vain."""
+
+    @pytest.fixture
+    def widths(self, monkeypatch):
+        """Sizes of the batches of a scorer that is asked for so much."""
+        monkeypatch.setattr(verification_module, "_verdicts", Forgetful())
+        monkeypatch.setattr(sequences_module, "_ENOUGH_TOKENS", fast(10**9))
+
+        def find(model, tokenizer, changed, *, free=2**40, sizes=(4, 8), **made):
+            monkeypatch.setattr(sequences_module, "free_bytes", lambda _: free)
+            scorer = scorer_of(model, tokenizer, *sizes, **made)
+            if made.pop("anew", False):
+                scorer.give_up_prefix()
+            recorder = Recorder(monkeypatch, type(model))
+            asked = [
+                Perturbation(number, without(scorer, unit))
+                for number, unit in enumerate(changed)
+            ]
+            assert len(dict(scorer.scores(asked))) == len(asked)
+            return [shape[0] for shape in recorder.passed]
+
+        return find
+
+    @pytest.mark.parametrize("unit", [0, 3])
+    @pytest.mark.parametrize("kind", ["sdpa", "eager", "float64", "logits", "mamba"])
+    def test_half_of_the_free_memory_is_filled(self, tokenizer, widths, kind, unit):
+        """With a layer's states, keys and values twice, scores and logits thrice."""
+        changes = {
+            "eager": {"attn_implementation": "eager"},
+            "sdpa": {"attn_implementation": "sdpa"},
+            "float64": {"attn_implementation": "sdpa", "dtype": torch.float64},
+        }.get(kind, {})
+        name = {"logits": "granite, scaled"}.get(kind, "llama")
+        name = "mamba" if kind == "mamba" else name
+        model = own_model(name, tokenizer, **changes)
+        config, length, generated = model.config, 11, 8
+        start = 0 if kind == "mamba" else unit
+        pushed = length - start
+        size = 8 if kind == "float64" else 4
+        each = pushed * memory_module.bytes_per_token(model)
+        if kind != "mamba":
+            heads = config.num_key_value_heads
+            head = config.hidden_size // config.num_attention_heads
+            each += 2 * length * (2 * heads * head * size)
+        if kind in ("eager", "mamba"):
+            # A model that says nothing of its heads has one.
+            heads = getattr(config, "num_attention_heads", 1)
+            each += 3 * heads * pushed * length * 4
+        if kind == "logits":
+            each += 3 * generated * len(tokenizer) * 4
+        fitting = 5
+        for free in (2 * fitting * each, 2 * (fitting + 1) * each - 2):
+            found = widths(model, tokenizer, [unit] * 11, free=free)
+            assert found == [fitting, fitting, 1]
+
+    def test_a_host_s_batch_has_a_limit_of_its_own(
+        self, model, tokenizer, widths, monkeypatch
+    ):
+        """However much is free; an accelerator's is what is free."""
+        one = widths(model, tokenizer, [0] * 40, free=2**20)
+        assert 1 < one[0] < 40
+        monkeypatch.setattr(sequences_module, "_MOST_HOST_BYTES", 2**19)
+        assert widths(model, tokenizer, [0] * 40, free=2**30) == one
+
+    @pytest.mark.parametrize("unit", [0, 3])
+    def test_no_more_tokens_go_at_once_than_are_fast(
+        self, model, tokenizer, widths, monkeypatch, unit
+    ):
+        """Those that are pushed count, not those that are read from the prefix."""
+        pushed = 11 - unit
+        for tokens in (4 * pushed, 5 * pushed - 1):
+            monkeypatch.setattr(sequences_module, "_ENOUGH_TOKENS", fast(tokens))
+            assert widths(model, tokenizer, [unit] * 9) == [4, 4, 1]
+
+    def test_few_tokens_are_pushed_in_vain(self, model, tokenizer, widths):
+        """A twelfth of a long text's sequences, or so many tokens of a short one."""
+        # 0 + 1 + 2 + 3 + 4 + 5 = 15 tokens are pushed by those that change later.
+        assert widths(model, tokenizer, range(12), sizes=(16, 4)) == [6, 6]
+        text = sequences_module._BATCH_SHARE * (100 + 4 - 1)
+        assert int(text) == 8
+        assert widths(model, tokenizer, range(20), sizes=(100, 4)) == [8, 8, 4]
+        # All change at one place: nothing is in vain.
+        assert widths(model, tokenizer, [3] * 20, sizes=(16, 4)) == [20]
+        # Without a prefix all are read from the first token on.
+        assert widths(
+            own_model("mamba", tokenizer), tokenizer, range(12), sizes=(16, 4)
+        ) == [12]
+
+    def test_the_user_s_number_holds(self, model, tokenizer, widths):
+        """Whatever is free and however much is in vain."""
+        asked = [*range(7)]
+        assert widths(model, tokenizer, asked, sizes=(8, 4), batch_size=7) == [7]
+        assert widths(model, tokenizer, asked, free=0, batch_size=3) == [3, 3, 1]
+
+    def test_what_did_not_fit_once_is_not_tried_again(
+        self, model, tokenizer, inp, target, passes
+    ):
+        """The batch that was halved bounds all later ones."""
+        llm_attr = wrapped(FeatureAblation, model, tokenizer)
+        expected = explained(llm_attr, inp, target, "fused").graph.rows
+        passes.clear()
+        passes.failure = lambda _, ids: no_memory() if len(ids) > 3 else None
+        found = explained(llm_attr, inp, target, "fused")
+        assert_same_rows(found.graph.rows, expected)
+        assert len(passes.asked) - len(passes.passed) == 1
+        assert max(shape[0] for shape in passes.passed) == 3
+
+    def test_a_thousand_perturbations_are_laid_out_at_once(
+        self, model, tokenizer, monkeypatch
+    ):
+        """More wait until these are scored; their masks need not exist before."""
+        scorer = scorer_of(model, tokenizer, 3, 2)
+        monkeypatch.setattr(sequences_module, "_LAID_OUT", 5)
+        taken = []
+
+        def ask():
+            for number in range(12):
+                taken.append(number)
+                yield Perturbation(number, without(scorer, number % 3))
+
+        numbers = []
+        for number, _ in scorer.scores(ask()):
+            numbers.append(number)
+            assert len(taken) <= 5 * math.ceil(len(numbers) / 5)
+        assert sorted(numbers) == [*range(12)]
+
+
+class TestScoredSequences:
+    """Scores of perturbed texts, against a plain pass over each."""
+
+    @pytest.mark.parametrize("name", ["llama", "llama, anew", "mamba"])
+    @pytest.mark.parametrize("batch_size", [None, 1, 4])
+    def test_any_part_of_any_text(self, tokenizer, name, batch_size):
+        """Before the part the plain scores; after it, too; inside, the model's own."""
+        model = own_model(name.partition(",")[0], tokenizer)
+        scorer = scorer_of(model, tokenizer, 5, 7, batch_size=batch_size)
+        assert scorer.reuses_prefix == (name != "mamba")
+        if "anew" in name:
+            scorer.give_up_prefix()
+            assert not scorer.reuses_prefix
+        ids = torch.tensor(some_ids(12))
+        generator = np.random.default_rng(0)
+        asked, expected = [], {}
+
+        def of(present):
+            own = ids.clone()
+            own[:11][torch.from_numpy(~present)] = 0
+            with torch.no_grad():
+                logits = model(own[None, :11]).logits[0].double()
+            return logits.log_softmax(-1)[range(4, 11), ids[5:]].numpy()
+
+        plain = of(np.ones(11, dtype=bool))
+        assert scorer.plain == pytest.approx(plain, abs=1e-4)
+        for number in range(14):
+            present = generator.random(11) < (0.7 if number % 2 else 0.95)
+            if number == 0:
+                present[:] = True
+            first = int(generator.integers(0, 6))
+            stop = int(generator.integers(first + 1, 8)) if number % 3 else None
+            asked.append(Perturbation(number, present, first, stop))
+            expected[number] = plain.copy()
+            inside = slice(first, stop)
+            expected[number][inside] = of(present)[inside]
+        found = list(scorer.scores(asked))
+        assert sorted(number for number, _ in found) == [*range(14)]
+        for number, scores in found:
+            assert scores.dtype == np.float64
+            assert scores == pytest.approx(expected[number], abs=2e-4), number
+            scores[:] = 0.0
+        # What was given is the asker's own.
+        assert scorer.plain == pytest.approx(plain, abs=1e-4)
+
+    def test_no_token_is_pushed_that_nothing_is_read_of(
+        self, model, tokenizer, monkeypatch
+    ):
+        """From the first change, or what predicts the first score, to the last."""
+        scorer = scorer_of(model, tokenizer, 5, 7)
+        recorder = Recorder(monkeypatch, type(model))
+
+        def pushed(present, *part):
+            recorder.clear()
+            list(scorer.scores([Perturbation(0, present, *part)]))
+            return recorder.tokens
+
+        assert pushed(without(scorer)) == 0
+        assert pushed(without(scorer, 0)) == 11
+        assert pushed(without(scorer, 3)) == 8
+        assert pushed(without(scorer, 3), 0, 4) == 5
+        assert pushed(without(scorer, 9), 0, 4) == 0
+        # All scores are asked, and the first needs the state before the change.
+        assert pushed(without(scorer, 9), 0) == 7
+        assert pushed(without(scorer, 9), 5) == 2
+        assert pushed(without(scorer, 9), 6) == 2
+        assert pushed(without(scorer, 10), 6) == 1
+        scorer.give_up_prefix()
+        assert pushed(without(scorer, 9), 5) == 11
+
+    def test_the_units_of_a_question_are_the_first_ones(self, model, tokenizer):
+        """All after them are present."""
+        scorer = scorer_of(model, tokenizer, 3, 4)
+        assert scorer.n_units == 6
+        found = scorer.indicator(np.array([True, False]))
+        assert found.tolist() == [True, False, True, True, True, True]
+
+    @pytest.mark.parametrize("kind", ["tokens", "image", "bare"])
+    def test_forward_is_called_as_captum_calls_it(
+        self, model, vision_model, tokenizer, target, kind
+    ):
+        """Hooks on the model itself, which its forward passes by, see nothing."""
+        whole = {"tokens": model, "image": vision_model}.get(kind)
+        whole = Bare(model).eval() if whole is None else whole
+        inp = TextTokenInput(SHORT, tokenizer)
+        if kind == "image":
+            inp = image_input(tokenizer)
+        seen = []
+        handle = whole.register_forward_pre_hook(lambda *_: seen.append(1))
+        llm_attr = wrapped(FeatureAblation, whole, tokenizer)
+        explained(llm_attr, inp, target, "fused")
+        handle.remove()
+        assert not seen
+
+
+class Reader(nn.Module):
+    """A Llama whose answers change in passes of some kind."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, inner, wrong):
+        super().__init__()
+        self.inner = inner
+        self.wrong = wrong
+
+    def get_input_embeddings(self):
+        """The inner model's."""
+        return self.inner.get_input_embeddings()
+
+    @property
+    def config(self):
+        """The inner model's."""
+        return self.inner.config
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask=None,
+        past_key_values=None,
+        use_cache=None,
+    ):
+        """The inner model's logits, or those of a wrong kind."""
+        before = past_key_values.get_seq_length() if past_key_values is not None else 0
+        found = self.inner(
+            input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        return self.wrong(found, past_key_values, before)
+
+
+def forgets(found, _, before):
+    """Other scores after a prefix."""
+    if before:
+        found.logits = found.logits.roll(1, -1)
+    return found
+
+
+def refuses(found, _, before):
+    """No prefix is taken."""
+    if before:
+        raise TypeError
+    return found
+
+
+def refuses_any(found, cache, _):
+    """Nothing is kept, either."""
+    if cache is not None:
+        raise TypeError
+    return found
+
+
+def refuses_short(found, _, before):
+    """A short prefix is not taken."""
+    if 0 < before < 6:
+        raise TypeError
+    return found
+
+
+def is_full(found, _, before):
+    """There is no memory after a prefix."""
+    if before:
+        raise no_memory()
+    return found
+
+
+class TestPrefixes:
+    """Whether a model reads on from what it has read is found out."""
+
+    @pytest.mark.parametrize("wrong", [forgets, refuses, refuses_any])
+    @pytest.mark.parametrize("method", [FeatureAblation, LayerIntegratedGradients])
+    def test_a_model_that_does_not_is_read_from_the_first_token(
+        self, model, tokenizer, wrong, method
+    ):
+        """Same rows by each engine, at the first call and the next."""
+        reader = Reader(model, wrong).eval()
+        kwargs = {"n_steps": 20} if method is LayerIntegratedGradients else {}
+        llm_attr = wrapped(method, reader, tokenizer)
+        ids = some_ids(16)
+        inp = TokenIdsInput(ids[:8], tokenizer)
+        plain = wrapped(method, model, tokenizer)
+        expected = explained(plain, inp, ids[8:], "fused", **kwargs).graph.rows
+        for _ in range(2):
+            found = explained(llm_attr, inp, ids[8:], "fused", **kwargs)
+            assert_same_rows(found.graph.rows, expected)
+        if method is FeatureAblation:
+            task = row_task(llm_attr, inp, ids[8:])
+            assert not SequenceScorer(task, 8).reuses_prefix
+
+    def test_one_prefix_may_be_taken_and_another_not(self, model, tokenizer):
+        """Then none is, from there on; the scores are the same."""
+        reader = Reader(model, refuses_short).eval()
+        scorer = scorer_of(reader, tokenizer, 8, 8)
+        assert scorer.reuses_prefix
+        plain = scorer_of(model, tokenizer, 8, 8)
+        asked = [Perturbation(unit, without(scorer, unit)) for unit in (2, 10, 9, 5)]
+        found, expected = dict(scorer.scores(asked)), dict(plain.scores(asked))
+        for unit, scores in expected.items():
+            assert found[unit] == pytest.approx(scores, abs=1e-4)
+        assert not scorer.reuses_prefix
+        assert not scorer_of(reader, tokenizer, 8, 8).reuses_prefix
+
+    @pytest.mark.parametrize("method", [FeatureAblation, LayerIntegratedGradients])
+    def test_a_check_that_does_not_fit_is_told(self, model, tokenizer, method):
+        """Memory is no matter of what the model can do."""
+        reader = Reader(model, is_full).eval()
+        kwargs = {"n_steps": 20} if method is LayerIntegratedGradients else {}
+        ids = some_ids(40)
+        inp = TokenIdsInput(ids[:20], tokenizer)
+        llm_attr = wrapped(method, reader, tokenizer)
+        with pytest.raises(RuntimeError, match="one sequence must fit into memory"):
+            explained(llm_attr, inp, ids[20:], "fused", **kwargs)
+
+    def test_other_errors_of_the_first_pass_are_passed_on(
+        self, model, tokenizer, monkeypatch
+    ):
+        """Without and with a cache to blame."""
+        monkeypatch.setattr(verification_module, "_verdicts", Forgetful())
+        recorder = Recorder(monkeypatch, type(model))
+        for length in (1, 6):
+            recorder.clear()
+            recorder.failure = lambda *_: RuntimeError("no luck")
+            with pytest.raises(RuntimeError, match=r"^no luck$"):
+                scorer_of(model, tokenizer, 1, length)
+
+    def test_the_verdict_is_kept(self, model, tokenizer):
+        """A prefix that was given up is not tried in the next call."""
+        reader = Reader(model, lambda found, *_: found).eval()
+        assert scorer_of(reader, tokenizer, 4, 6).reuses_prefix
+        one = scorer_of(reader, tokenizer, 4, 6)
+        assert one.reuses_prefix
+        one.give_up_prefix()
+        other = scorer_of(reader, tokenizer, 4, 6)
+        assert not other.reuses_prefix
+        assert other.plain == pytest.approx(one.plain, abs=1e-6)
+
+
+class TestSharedGradients:
+    """How points and targets are shared out over passes."""
+
+    @staticmethod
+    def passes_of(model, tokenizer, prompt, generated, **made):
+        """The passes of an engine over so many tokens; and which rows it has."""
+        ids = some_ids(prompt + generated)
+        layer = model.get_input_embeddings()
+        llm_attr = wrapped(LayerIntegratedGradients, model, tokenizer, layer=layer)
+        inp = TokenIdsInput(ids[:prompt], tokenizer)
+        made = {"kwargs": {"n_steps": 5}, **made}
+        task = row_task(llm_attr, inp, ids[prompt:], **made)
+        return gradient_module._Passes(task, generated)
+
+    @staticmethod
+    def recorded(passes, name, monkeypatch):
+        """What a method is given, and what it gives, at each call."""
+        calls = []
+        method = getattr(passes, name)
+
+        def record(*given):
+            found = method(*given)
+            calls.append((given, found))
+            return found
+
+        monkeypatch.setattr(passes, name, record)
+        return calls
+
+    def test_the_cheapest_way_by_a_count_of_what_is_done(self, tokenizer, monkeypatch):
+        """Its cost is that of the passes it makes; no other way costs less."""
+        model = own_model("llama", tokenizer, num_hidden_layers=3)
+        # Of the last of three layers a fifth is left for what stands before.
+        start, lighter = gradient_module._START["cpu"], 1 - 0.8 / 3
+        forwards = Recorder(monkeypatch, type(model))
+        made = []
+        grad = torch.autograd.grad
+
+        def record(outputs, inputs, *args, **kwargs):
+            if not isinstance(inputs, torch.Tensor):
+                made.append([tuple(leaf.shape[:2]) for leaf in inputs])
+            return grad(outputs, inputs, *args, **kwargs)
+
+        def counted(passes, plan, points):
+            forwards.clear()
+            made.clear()
+            passes._pass(plan, slice(0, points))
+            done = sum(batch * tokens + start for batch, tokens in forwards.passed)
+            for leaves in made:
+                batch, own = leaves[-1]
+                before = sum(tokens for _, tokens in leaves[:-1])
+                done += batch * (own + lighter * before) + start * len(leaves)
+            return done
+
+        monkeypatch.setattr(torch.autograd, "grad", record)
+        some = [(3, 1, 1, 1), (3, 9, 1, 64), (40, 12, 1, 6), (6, 30, 3, 10)]
+        for reads_on, size in itertools.product((False, True), [*some, (1, 4, 2, 1)]):
+            prompt, generated, points, most = size
+            passes = self.passes_of(model, tokenizer, prompt, generated)
+            targets = passes._targets_of(range(generated))
+            plan = passes._plan(targets, points, most, reads_on)
+            assert plan.cost == pytest.approx(counted(passes, plan, points), rel=1e-9)
+            assert plan.copies == 1 or points * plan.copies <= most
+            for parts, copies in itertools.product(
+                range(1, min(generated, gradient_module.MOST_SEGMENTS) + 1),
+                (1, 2, 4, 8, 16, 32, 64),
+            ):
+                if copies > 1 and (copies > generated or points * copies > most):
+                    continue
+                cost = 0.0
+                segments = passes._segments(targets, parts, reads_on)
+                for number, one in enumerate(segments):
+                    own, before = one.stop - one.start, one.start * lighter
+                    read = number + 1 if reads_on else 1
+                    batch = points * copies
+                    cost += batch * own + start
+                    groups = math.ceil(len(one.targets) / copies)
+                    cost += groups * (batch * (own + before) + start * read)
+                assert plan.cost <= cost * (1 + 1e-9)
+
+    @pytest.mark.parametrize("reads_on", [False, True])
+    @pytest.mark.parametrize("prompt", [1, 5])
+    def test_segments_hold_the_text_up_to_the_last_target(
+        self, model, tokenizer, reads_on, prompt
+    ):
+        """Read on, each begins where the one before ends; else all at the start."""
+        passes = self.passes_of(model, tokenizer, prompt, 7)
+        targets = passes._targets_of(range(2, 7))
+        segments = passes._segments(targets, 2, reads_on)
+        assert sum((one.targets for one in segments), ()) == tuple(targets)
+        assert segments[-1].stop == prompt + 6
+        sizes = [len(one.targets) for one in segments if one.targets]
+        assert sizes == [3, 2]
+        starts = [one.start for one in segments]
+        stops = [one.stop for one in segments]
+        if reads_on:
+            assert starts == [0, prompt + 1, prompt + 4]
+            assert stops == [prompt + 1, prompt + 4, prompt + 6]
+        else:
+            assert starts == [0, 0]
+            assert stops == [prompt + 4, prompt + 6]
+        first = passes._segments(passes._targets_of(range(7)), 1, reads_on)
+        assert len(first) == (2 if reads_on and prompt > 1 else 1)
+
+    def test_all_ways_give_the_same_scores(self, tokenizer):
+        """Any number of segments and copies, read on or not."""
+        model = own_model("llama", tokenizer, dtype=torch.float64)
+        passes = self.passes_of(model, tokenizer, 3, 6)
+        targets = passes._targets_of(range(6))
+        found = []
+        for parts, copies, reads_on in itertools.product(
+            (1, 3), (1, 2, 4), (False, True)
+        ):
+            segments = passes._segments(targets, parts, reads_on)
+            plan = gradient_module._Plan(segments, copies, reads_on, 0.0)
+            total = np.zeros((6, 8))
+            for place, scores in passes._pass(plan, slice(1, 4)):
+                total[place, : len(scores)] += scores
+            found.append(total)
+        for total in found[1:]:
+            assert_same_rows(total, found[0], 1e-9)
+
+    @pytest.mark.parametrize(("batch_size", "sizes"), [(4, {4, 3}), (5, {5})])
+    def test_batches_are_of_about_one_size(
+        self, model, tokenizer, passes, batch_size, sizes
+    ):
+        """Ten points in fours: four, three and three."""
+        inp = TextTokenInput("Ana has", tokenizer)
+        llm_attr = wrapped(LayerIntegratedGradients, model, tokenizer)
+        arguments = {"n_steps": 10, "batch_size": batch_size}
+        explained(llm_attr, inp, " 3", "fused", units="sentence", **arguments)
+        found = [shape[0] for shape in passes.passed if shape[0] > 1]
+        assert set(found) == sizes
+        assert sum(found) == 10
+
+    def test_points_that_go_at_once_by_memory_and_speed(self, tokenizer, monkeypatch):
+        """Half of what is free; the user's number; no more than are fast."""
+        model = own_model("llama", tokenizer)
+        each = 11 * memory_module.bytes_per_token(model, kept=True)
+        recorder = Recorder(monkeypatch, type(model))
+
+        def widest(free, enough=10**9, **made):
+            monkeypatch.setattr(gradient_module, "free_bytes", lambda _: free)
+            monkeypatch.setattr(gradient_module, "ENOUGH_TOKENS", fast(enough))
+            made["kwargs"] = {"n_steps": 12, **made.get("kwargs", {})}
+            passes = self.passes_of(model, tokenizer, 4, 8, **made)
+            passes._reads_on = False
+            recorder.clear()
+            passes.scores(range(7, 8))
+            return [shape[0] for shape in recorder.passed]
+
+        assert widest(2 * 4 * each) == [4, 4, 4]
+        assert widest(2 * 5 * each - 2) == [4, 4, 4]
+        assert widest(0) == [1] * 12
+        assert widest(2**40) == [12]
+        assert widest(2**40, enough=6 * 11) == [6, 6]
+        assert widest(2**40, enough=7 * 11 - 1) == [6, 6]
+        assert widest(2**40, enough=1) == [1] * 12
+        assert widest(0, batch_size=6) == [6, 6]
+        assert widest(2**40, kwargs={"internal_batch_size": 3}) == [3] * 4
+        assert widest(2**40, kwargs={"internal_batch_size": 3}, batch_size=2) == [2] * 6
+
+    def test_what_did_not_fit_once_is_not_tried_again(
+        self, model, tokenizer, inp, target, passes
+    ):
+        """Points and copies together are halved, for good."""
+        llm_attr = wrapped(LayerIntegratedGradients, model, tokenizer)
+        expected = explained(llm_attr, inp, target, "fused", n_steps=16)
+        passes.clear()
+        passes.failure = lambda _, ids: no_memory() if len(ids) > 3 else None
+        found = explained(llm_attr, inp, target, "fused", n_steps=16)
+        assert_same_rows(found.graph.rows, expected.graph.rows)
+        sizes = [shape[0] for shape in passes.asked if shape[0] > 3]
+        assert sizes == sorted(set(sizes), reverse=True)
+        assert max(shape[0] for shape in passes.passed) in (2, 3)
+
+    def test_a_long_answer_is_read_on(self, model, tokenizer, passes):
+        """Where that is cheaper, and the model says the same: in several segments."""
+        ids = some_ids(130)
+        llm_attr = wrapped(LayerIntegratedGradients, model, tokenizer)
+        inp = TokenIdsInput(ids[:100], tokenizer)
+        found = explained(llm_attr, inp, ids[100:], "fused", n_steps=4)
+        own = [shape[1] for shape in passes.passed]
+        assert found.graph.rows.shape == (30, 130)
+        # Most of what is pushed is the answer, as the prompt is read once a point.
+        assert min(own) < 30
+        assert passes.tokens < 4 * 130 * 2 + 3 * 130
+        assert any(tokens == 99 for tokens in own)
+
+    def test_what_a_short_text_could_gain_is_not_worth_finding_out(
+        self, model, tokenizer, monkeypatch
+    ):
+        """Whether the model reads on is not tried; where it is long, it is once."""
+        for prompt, generated, tried in ((4, 3, 0), (60, 20, 3)):
+            passes = self.passes_of(model, tokenizer, prompt, generated)
+            plans = self.recorded(passes, "_pass", monkeypatch)
+            recorder = Recorder(monkeypatch, type(model))
+            passes.scores(range(generated))
+            read = sum(len(plan.segments) for (plan, _), _ in plans)
+            assert len(recorder.passed) == read + tried
+            recorder.clear()
+            passes._task.kept.clear()
+            passes.scores(range(generated))
+            assert len(recorder.passed) == read
+            assert plans[0][0][0].reads_on == bool(tried)
+
+
+class TestGivenToGradients:
+    """Arguments of Captum's gradient methods that the engine knows, and the rest."""
+
+    @pytest.mark.parametrize(
+        ("method", "known"),
+        [
+            (
+                LayerIntegratedGradients,
+                {"method": "riemann_left", "n_steps": 2, "internal_batch_size": 14},
+            ),
+            (LayerGradientXActivation, {}),
+            (LayerGradientShap, {"n_samples": 2, "stdevs": 0.0}),
+        ],
+    )
+    def test_what_is_known_and_what_is_not(
+        self, model, tokenizer, inp, target, method, known
+    ):
+        """Each name by itself; what is unknown is named."""
+        llm_attr = wrapped(method, model, tokenizer)
+        never = {"attribute_to_layer_input": False}
+        if method is not LayerGradientXActivation:
+            known = {**known, "baselines": 0}
+        for name, value in {**known, **never}.items():
+            task = row_task(llm_attr, inp, target, kwargs={name: value})
+            assert gradient_module._unsuitable(task) is None
+        others = {"method", "n_steps", "n_samples", "baselines", "grad_kwargs"}
+        for name in others - set(known):
+            task = row_task(llm_attr, inp, target, kwargs={name: 0})
+            assert repr(name) in gradient_module._unsuitable(task)
+        task = row_task(
+            llm_attr, inp, target, kwargs={"attribute_to_layer_input": True}
+        )
+        assert "the layer's input" in gradient_module._unsuitable(task)
+
+    def test_why_not(self, model, tokenizer, inp, target):
+        """Layers, wrappers, baselines and noise."""
+
+        def why(llm_attr, **kwargs):
+            task = row_task(llm_attr, inp, target, kwargs=kwargs)
+            return gradient_module._unsuitable(task)
+
+        layers = [model.model.layers[0], model.model.layers[1]]
+        with pytest.warns(UserWarning, match="Multiple layers provided"):
+            made = LayerIntegratedGradients(model, layers)
+        several = LLMGradientAttribution(made, tokenizer)
+        assert why(several) == "it attributes to several layers"
+        integrated = wrapped(LayerIntegratedGradients, model, tokenizer)
+        assert why(integrated, baselines=1) == "its baselines are not absent units"
+        assert why(integrated, baselines=torch.ones(1, 5)) is None
+        assert why(integrated, baselines=0.0) is None
+        assert "by a function" in why(integrated, baselines=torch.zeros_like)
+        assert "by a function" in why(integrated, baselines=(0,))
+        sampled = wrapped(LayerGradientShap, model, tokenizer)
+        assert why(sampled, stdevs=0.5) == "it adds noise to indicators"
+        assert why(sampled, stdevs=0) is None
+        drawn = LLMGradientAttribution(EmbeddingGradientShap(model), tokenizer)
+        assert why(drawn, stdevs=0.5) is None
+
+        class Own(LLMGradientAttribution):
+            def attribute(self, *args, **kwargs):
+                return super().attribute(*args, **kwargs)
+
+        own = Own(integrated.attr_method, tokenizer)
+        assert why(own) == "Own may compute something of its own"
+
+    @pytest.mark.parametrize("shape", [(3,), (1, 3), (1, 1, 3), (1, 9), (1, 5)])
+    def test_baselines_of_any_width(self, model, tokenizer, inp, target, shape):
+        """Of tokens that they do not reach to, all are absent; more are left out."""
+        given = torch.zeros(shape)
+        given[..., 1] = 1.0
+        llm_attr = wrapped(LayerIntegratedGradients, model, tokenizer)
+        whole = torch.zeros((1, 5))
+        whole[0, 1] = 1.0
+        found, expected = (
+            explained(llm_attr, inp, target, "fused", n_steps=2, baselines=one)
+            for one in (given, whole)
+        )
+        assert_same_rows(found.graph.rows, expected.graph.rows, 1e-6)
+
+    @pytest.mark.parametrize("multiplied", [True, False])
+    def test_sampled_baselines(self, tokenizer, inp, target, multiplied):
+        """The gradient times the difference to what was drawn, or alone."""
+        model = own_model("llama", tokenizer, dtype=torch.float64)
+        made = {"multiply_by_inputs": multiplied}
+        llm_attr = wrapped(LayerGradientShap, model, tokenizer, **made)
+        # Each is all absent, so that whatever is drawn is the same.
+        assert_equals_loop(llm_attr, inp, target, allowed=1e-6, n_samples=3)
+
+    @pytest.mark.parametrize("multiplied", [True, False])
+    def test_drawn_points(self, model, tokenizer, inp, target, multiplied, monkeypatch):
+        """Their mean gradient, times the differences that were drawn, or alone."""
+
+        def twice(_, here, there, n_samples, stdevs):
+            assert (n_samples, stdevs) == (2, 0.5)
+            assert there.shape == (3, *here.shape)
+            return torch.stack([here, here]), torch.stack([here, here])
+
+        monkeypatch.setattr(EmbeddingGradientShap, "draw", twice)
+        shap = EmbeddingGradientShap(model, multiply_by_inputs=multiplied)
+        llm_attr = LLMGradientAttribution(shap, tokenizer)
+        kwargs = {"n_samples": 2, "stdevs": 0.5, "baselines": torch.eye(3, 5)}
+        found = explained(llm_attr, inp, target, "fused", **kwargs)
+        plain = wrapped(
+            LayerGradientXActivation, model, tokenizer, multiply_by_inputs=multiplied
+        )
+        expected = explained(plain, inp, target, "fused")
+        assert_same_rows(found.graph.rows, expected.graph.rows)
+
+
+class TestFirstPasses:
+    """What an engine asks of a model before anything else."""
+
+    @staticmethod
+    def by_ablation(model, tokenizer, prompt, generated):
+        """An engine of perturbations that is ready."""
+        return scorer_of(model, tokenizer, prompt, generated)
+
+    by_gradients = staticmethod(TestSharedGradients.passes_of)
+    ways = pytest.mark.parametrize("way", ["by_ablation", "by_gradients"])
+
+    @ways
+    def test_a_text_as_long_as_captum_reads_it_must_suit(
+        self, fresh_model, tokenizer, way
+    ):
+        """With the last target, which the engines need not read."""
+        make = getattr(self, way)
+        scaling = {"rope_type": "dynamic", "original_max_position_embeddings": 9}
+        fresh_model.config.rope_parameters = scaling
+        make(fresh_model, tokenizer, 4, 5)
+        with pytest.raises(Unsuitable, match="whole text, which has 10"):
+            make(fresh_model, tokenizer, 4, 6)
+
+    @ways
+    def test_no_graph_is_kept_of_a_check(self, model, tokenizer, monkeypatch, way):
+        """Whatever the mode of the caller is."""
+        monkeypatch.setattr(verification_module, "_verdicts", Forgetful())
+        recorder = Recorder(monkeypatch, type(model))
+        modes = []
+        recorder.failure = lambda *_: modes.append(torch.is_grad_enabled())
+        with torch.enable_grad():
+            engine = getattr(self, way)(model, tokenizer, 60, 20)
+            if way == "by_ablation":
+                list(engine.scores([Perturbation(0, without(engine, 1))]))
+            else:
+                engine._pass = lambda *_: []
+                engine.scores(range(20))
+                assert engine._reads_on
+        assert len(modes) >= 4
+        assert not any(modes)
+
+    def test_no_parameter_takes_part_in_a_gradient(
+        self, fresh_model, tokenizer, monkeypatch
+    ):
+        """Nor does any stay so; those that were fixed stay fixed."""
+        fresh_model.requires_grad_(True)
+        fresh_model.model.norm.requires_grad_(False)
+        trained = [p.requires_grad for p in fresh_model.parameters()]
+        passes = TestSharedGradients.passes_of(fresh_model, tokenizer, 3, 4)
+        recorder = Recorder(monkeypatch, type(fresh_model))
+        during = []
+        recorder.failure = lambda *_: during.extend(
+            p.requires_grad for p in fresh_model.parameters()
+        )
+        passes.scores(range(4))
+        assert during
+        assert not any(during)
+        assert [p.requires_grad for p in fresh_model.parameters()] == trained
+
+    @ways
+    def test_memory_that_runs_out_is_told(self, model, tokenizer, monkeypatch, way):
+        """In each of the checks."""
+        monkeypatch.setattr(verification_module, "_verdicts", Forgetful())
+        recorder = Recorder(monkeypatch, type(model))
+        for number in (1, 2, 3):
+            recorder.clear()
+            recorder.failure = lambda n, _, k=number: no_memory() if n == k else None
+            with pytest.raises(RuntimeError, match="one sequence must fit into mem"):
+                getattr(self, way)(model, tokenizer, 6, 5)
+
+    @pytest.mark.parametrize("generated", [1, 2, 6])
+    def test_first_and_last_plain_score(self, model, tokenizer, monkeypatch, generated):
+        """By a pass; or those that ablation has left, if they reach as far."""
+        passes = TestSharedGradients.passes_of(model, tokenizer, 3, generated)
+        plain = scorer_of(model, tokenizer, 3, generated).plain
+        ends = pytest.approx((plain[0], plain[-1]), abs=1e-4)
+        with torch.no_grad():
+            assert passes._plain_scores() == ends
+        recorder = Recorder(monkeypatch, type(model))
+        left = -1.0 - np.arange(generated + 2)
+        for longer in (0, 2):
+            passes._task.kept["scores"] = left[: generated + longer]
+            assert passes._plain_scores() == (-1.0, -float(generated))
+        assert not recorder.passed
+        passes._task.kept["scores"] = left[: generated - 1]
+        with torch.no_grad():
+            assert passes._plain_scores() == ends
+
+    def test_all_plain_scores_are_left_for_others(self, model, tokenizer):
+        """Where they are those of the whole text."""
+        llm_attr = wrapped(FeatureAblation, model, tokenizer)
+        ids = some_ids(9)
+        task = row_task(llm_attr, TokenIdsInput(ids[:4], tokenizer), ids[4:])
+        SequenceScorer(task, 3)
+        assert "scores" not in task.kept
+        scorer = SequenceScorer(task, 5)
+        assert task.kept["scores"] is scorer.plain
+
+    @pytest.mark.parametrize(("prompt", "reads"), [(1, False), (2, True), (9, True)])
+    def test_a_prompt_of_one_token_leaves_nothing_to_read_on_from(
+        self, model, tokenizer, monkeypatch, prompt, reads
+    ):
+        """Its only token belongs to the answer's first segment."""
+        passes = TestSharedGradients.passes_of(model, tokenizer, prompt, 5)
+        recorder = Recorder(monkeypatch, type(model))
+        with torch.no_grad():
+            assert passes._can_read_on() is reads
+        assert [shape[1] for shape in recorder.passed][:2] == (
+            [prompt - 1, 5] if reads else []
+        )
+
+    @pytest.mark.parametrize("wrong", [forgets, refuses])
+    def test_a_model_that_does_not_read_on_is_asked_once(
+        self, model, tokenizer, wrong, monkeypatch
+    ):
+        """By each call."""
+        reader = Reader(model, wrong).eval()
+        passes = TestSharedGradients.passes_of(reader, tokenizer, 60, 20)
+        tried = TestSharedGradients.recorded(passes, "_can_read_on", monkeypatch)
+        for _ in range(2):
+            passes._task.kept.clear()
+            passes.scores(range(20))
+        assert tried == [((), False)]
+
+    def test_a_prefix_of_any_text_of_two_tokens_or_more(
+        self, model, tokenizer, monkeypatch
+    ):
+        """Of one token nothing stands before the last."""
+        monkeypatch.setattr(verification_module, "_verdicts", Forgetful())
+        for prompt, generated in ((1, 2), (2, 1), (3, 3), (1, 8), (9, 9)):
+            assert scorer_of(model, tokenizer, prompt, generated).reuses_prefix
+        assert not scorer_of(model, tokenizer, 1, 1).reuses_prefix
+
+
+class TestLinuxFiles:
+    """Where Linux tells of memory."""
+
+    def test_the_kernel_s_own_paths(self, monkeypatch):
+        """``/proc/meminfo`` and the limit of the control group."""
+        texts = {
+            "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 8 kB\n",
+            "/sys/fs/cgroup/memory.max": "7000\n",
+            "/sys/fs/cgroup/memory.current": "3000\n",
+        }
+        monkeypatch.setattr(Path, "read_text", lambda path, *_: texts[path.as_posix()])
+        cpu = torch.device("cpu")
+        assert memory_module.free_bytes(cpu) == 4000
+        texts["/sys/fs/cgroup/memory.max"] = "1000\n"
+        assert memory_module.free_bytes(cpu) == 0
+        texts["/sys/fs/cgroup/memory.max"] = "max\n"
+        assert memory_module.free_bytes(cpu) == 8 * 1024
+
+
+# --- interrupts ------------------------------------------------------------------
 
 
 class TestInterrupts:
