@@ -70,7 +70,8 @@ ENGINES = tuple(
 # The tests of each part: one file per module, and one per method for the engines.
 CORE_TESTS = tuple(f"test_{name.strip('_')}.py" for name in CORE)
 ENGINE_TESTS = (
-    *("test_engines.py", "test_testing_engines.py", "test_rows.py"),
+    *(path.name for path in sorted((ROOT / "tests").glob("test_engines*.py"))),
+    *("test_testing_engines.py", "test_rows.py"),
     *(path.name for path in sorted((ROOT / "tests").glob("test_methods*.py"))),
 )
 

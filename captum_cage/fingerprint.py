@@ -117,7 +117,8 @@ def _config_digest(model: Any) -> str:
     if not hasattr(config, "to_dict"):
         return digest(None)
     # Where it was loaded from and by which version says nothing of what it does.
-    aside = {"_name_or_path", "transformers_version", "dtype", "torch_dtype"}
+    aside = {"_name_or_path", "architectures", "transformers_version"}
+    aside |= {"dtype", "torch_dtype"}
     return digest({k: v for k, v in config.to_dict().items() if k not in aside})
 
 

@@ -344,8 +344,9 @@ def _model_settings(llm_attr: Any) -> dict[str, Any]:
             found[name] = value
     if hasattr(config, "to_dict"):
         said = config.to_dict()
-        said.pop("_name_or_path", None)
-        said.pop("transformers_version", None)
+        # Where it was loaded from, and what saving it notes down.
+        for name in ("_name_or_path", "architectures", "transformers_version"):
+            said.pop(name, None)
         text = json.dumps(said, sort_keys=True, default=str)
         found["config"] = hashlib.sha256(text.encode()).hexdigest()[:16]
     if isinstance(model, torch.nn.Module):

@@ -25,7 +25,7 @@ from captum_cage.engines.memory import (
     memory_errors,
 )
 from captum_cage.engines.sequences import SequenceScorer
-from captum_cage.methods.reagent import RefillMethod, refilled
+from captum_cage.methods.reagent import RefillMethod, Stretch, refilled
 from captum_cage.task import RowTask
 
 __all__ = ["REFILL"]
@@ -131,10 +131,13 @@ class _Passes:
         same = int(other[0]) if len(other) else shorter
         if same == len(ids) == len(plain):
             return None
+        # The state that predicts the first token after what is written is made anew,
+        # also where what is written begins like the unit or like what follows it.
+        ends = (one.start + len(one.ids) for one in stretches if _changes(one, whole))
+        same = max(0, min(same, next(ends, len(ids)) - 1))
         if not self._scorer.reuses_prefix:
             same = 0
-        # The state that predicts the first token after the unit is made anew.
-        return _Text(unit, ids[min(same, len(ids) - 1) :], min(same, len(ids) - 1))
+        return _Text(unit, ids[same:], same)
 
     def _batch_size(self, texts: Sequence[_Text]) -> int:
         if self._task.batch_size is not None and self._most is not None:
@@ -185,6 +188,11 @@ class _Passes:
             scores[first:] = logs.clamp(max=0).cpu().numpy()
             found.append((text.unit, scores))
         return found
+
+
+def _changes(stretch: Stretch, ids: Sequence[int]) -> bool:
+    """Whether something else stands in a text's stretch."""
+    return stretch.ids != tuple(ids[stretch.start : stretch.stop])
 
 
 REFILL = Engine(_rows, unsuitable=unsupported(), by_row=False, rehearsed=True)
