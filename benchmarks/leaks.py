@@ -218,7 +218,8 @@ def main() -> int:
     every: list[float] = []
     families = dict(list(FAMILIES.items())[:2]) if options.smoke else FAMILIES
     for name, do in families.items():
-        for _ in range(max(2, each // 5)):
+        # Before memory is looked at: allocators and caches fill up at first.
+        for _ in range(max(2, each // 2)):
             do(world)
         before = world.counts()
         memory = []

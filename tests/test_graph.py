@@ -827,9 +827,10 @@ def test_generated_groups_must_not_interleave():
         graph.coarsen([0, 1, 2, 1])
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("make", [np.array, sp.csr_array])
 def test_sums_beyond_the_float_range_are_refused(make):
-    """A group whose raw scores overflow is an error that says how to go on."""
+    """A group whose raw scores overflow is an error, not a warning."""
     rows = make(np.array([[1e308, 1e308, 0.0]]))
     graph = AttributionGraph.from_rows(rows, 2)
     with pytest.raises(ValueError, match=r"coarsen: .*too large.*Divide all rows by"):
@@ -1985,3 +1986,17 @@ def test_flow_is_the_mass_that_takes_each_edge(case):
     assert_allclose(found.sum(axis=0)[graph.source_units], arrived, rtol=0, atol=EXACT)
     through = graph.throughput(case.weights, hops=case.hops)
     assert_allclose(found.sum(axis=0)[own] + case.weights, through, rtol=0, atol=EXACT)
+
+
+@pytest.mark.parametrize("form", [list, iter])
+def test_one_boolean_is_neither_a_number_of_sources_nor_a_mask(form):
+    """True is 1 for Python."""
+    with pytest.raises(TypeError, match="sources: must be a whole number or a boolean"):
+        AttributionGraph.from_rows(form([[1.0, 0.0]]), True)
+
+
+def test_leaks_are_numbers():
+    """Sums and products of them need no cast."""
+    graph = AttributionGraph.from_rows([[0, 0, 0], [0, 1, 0]], [True, False, False])
+    assert graph.leak.dtype == graph.left_out.dtype == np.float64
+    assert graph.leak.tolist() == [1.0, 0.0]
