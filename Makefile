@@ -88,7 +88,8 @@ bench-smoke: $(STAMP) ## every benchmark in its smallest size, two at a time
 
 # The wheel is made by way of the source archive and installed beside .venv, whose
 # packages it sees through a path file; path files in .venv itself, the editable install
-# among them, do not count there. The house and the docs are the tree's matter.
+# among them, do not count there. The house and the docs are the tree's matter, and what
+# a cluster does is that of `make test`.
 wheel-test: $(STAMP) ## all tests, and those of docs/examples, on the wheel as it is installed
 	rm -rf build captum_cage.egg-info
 	$(BIN)/python -m build --no-isolation --outdir $(PACKED)
@@ -103,7 +104,8 @@ wheel-test: $(STAMP) ## all tests, and those of docs/examples, on the wheel as i
 	venv/bin/captum-cage --help > help.txt; \
 	venv/bin/python ../../benchmarks/install.py --smoke; \
 	$(TEST_ENV) venv/bin/python $(PYTEST) -c ../../pyproject.toml --rootdir ../.. \
-	  ../../tests --ignore ../../tests/test_house.py --ignore ../../tests/test_docs.py
+	  ../../tests --ignore ../../tests/test_house.py --ignore ../../tests/test_docs.py \
+	  --ignore ../../tests/test_batch_on_ray.py
 	cp -r docs/examples $(PACKED)/examples
 	set -e; for example in $(PACKED)/examples/*/; do \
 	  $(BIN)/python -m pip --python $(PACKED)/venv install --no-deps --no-index \

@@ -219,7 +219,7 @@ def main() -> int:
     families = dict(list(FAMILIES.items())[:2]) if options.smoke else FAMILIES
     for name, do in families.items():
         # Before memory is looked at: allocators and caches fill up at first.
-        for _ in range(max(2, each // 2)):
+        for _ in range(2 if options.smoke else 120):
             do(world)
         before = world.counts()
         memory = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from transformers import (
 from tiny import tiny_model, tiny_tokenizer, tiny_vision_model
 
 torch.set_num_threads(1)
+# A job that runs in the background ignores Ctrl-C; these tests are about it, too.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A slow machine is no failure, and whether a change lands is no matter of luck.
 settings.register_profile(
